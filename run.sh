@@ -57,7 +57,7 @@ quick() {
 
 job() { # job INDEX COMMAND...: one command, its output on the screen and in logs/; 255 tells xargs to start no more
     local log="$LOGS/$1.log" gpus
-    gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)}
+    gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, - || true)}
     if [ -n "$gpus" ]; then
         IFS=, read -ra gpus <<<"$gpus"
         export CUDA_VISIBLE_DEVICES=${gpus[$(($1 % ${#gpus[@]}))]}
