@@ -137,24 +137,14 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
-class ResNet18(nn.Sequential):
+def ResNet18(filters=64, channels=3, classes=10):
     """The CIFAR ResNet-18 with `filters` channels in its first stage: (B, channels, H, W) -> (B, classes) logits."""
-
-    def __init__(self, filters=64, channels=3, classes=10):
-        widths = [filters, filters, 2 * filters, 4 * filters, 8 * filters]
-        blocks = []
-        for inputs, outputs in zip(widths, widths[1:]):
-            blocks += [BasicBlock(inputs, outputs, 1 if inputs == outputs else 2), BasicBlock(outputs, outputs, 1)]
-        super().__init__(
-            nn.Conv2d(channels, filters, 3, padding=1, bias=False),
-            nn.BatchNorm2d(filters),
-            nn.ReLU(),
-            *blocks,
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(8 * filters, classes),
-        )
-        lecun_normal_(self)
+    layers = [nn.Conv2d(channels, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
+    widths = [filters, filters, 2 * filters, 4 * filters, 8 * filters]
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [BasicBlock(inputs, outputs, 1 if inputs == outputs else 2), BasicBlock(outputs, outputs, 1)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * filters, classes)]
+    return lecun_normal_(nn.Sequential(*layers))
 
 
 DATASETS = {
