@@ -338,7 +338,7 @@ def evaluate(model, split, batch_size=1000):
         logits = model(normalize(images))
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
-    return (torch.stack([loss, correct.to(loss)]) / len(split.labels)).tolist()
+    return [total / len(split.labels) for total in torch.stack([loss, correct.to(loss)]).tolist()]
 
 
 def processes():
@@ -593,7 +593,7 @@ class Run:
                 dist.broadcast(buffer, 0)
         row = {"epoch": len(self.history) + 1, "lr": lr}
         names = ("train_loss", "train_acc", "train_clean_acc")
-        row.update(zip(names, (sums / len(data.train.labels)).tolist()))
+        row.update(zip(names, (total / len(data.train.labels) for total in sums.tolist())))
         for name in ("test", "val"):
             split = getattr(data, name)
             if len(split.labels):

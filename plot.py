@@ -75,12 +75,13 @@ class Cell:
         for run in runs:
             seeds = self.sam[run["config"]["rho"]] if run["config"]["sam"] else self.sgd
             seeds[run["config"]["seed"]] = run
-        whole = [rho for rho in self.sam if len(self.pairs(rho)) == max(map(len, self.sam.values()))]
-        whole = [rho for rho in whole if len(self.pairs(rho)) == len(set(self.sam[rho]) & set(self.sgd))]
-        self.best = max(sorted(whole), key=self.held_out, default=None)
+        ended = {rho: self.pairs(rho) for rho in sorted(self.sam)}
+        most = max(map(len, ended.values()), default=0) or math.inf
+        whole = [rho for rho, pairs in ended.items() if len(pairs) == most and not self.diverged(rho)]
+        self.best = max(whole, key=self.held_out, default=None)
 
     def held_out(self, rho):
-        return np.mean([run["history"][-1].get("val_acc", run["test_acc"]) for run in self.sam[rho].values()])
+        return np.mean([sam["history"][-1].get("val_acc", sam["test_acc"]) for _, sam in self.pairs(rho)])
 
     def pairs(self, rho):
         """(SGD's run, SAM's run) of each seed where both came to an end."""
@@ -231,12 +232,16 @@ def rho(loads):
     return fig
 
 
-def label_noise(loads):
-    fig, axes = figure(2, loads, f"{GAIN_BAND}\nBelow: {MEAN_BAND[0].lower()}{MEAN_BAND[1:]}")
+def label_noise(loads, clean):
+    fig, axes = figure(
+        2, loads, "Bands: 95% confidence intervals, of the mean paired difference above, of the mean below."
+    )
     for (top, bottom), load in zip(axes.T, loads):
-        rates = load.values("noise")
+        rates = {noise: load.where(noise=noise) for noise in load.values("noise")}
+        rates = {0: [c for other in clean if other.title == load.title for c in other.cells], **rates}
+        rates = {noise: cells for noise, cells in rates.items() if cells}
         for i, (noise, color) in enumerate(zip(rates, plt.cm.cividis(np.linspace(0, 0.85, len(rates))))):
-            cells, label = load.where(noise=noise), f"{noise:.0%} of labels flipped"
+            cells, label = rates[noise], f"{noise:.0%} of labels flipped"
             band(top, [c.params for c in cells], [c.gain() for c in cells], STYLES[i % 6], color, label)
             for which, (optimizer, hue) in enumerate((("SGD", SGD), ("SAM", SAM))):
                 stats = [c.accuracy(which) for c in cells]
@@ -330,7 +335,7 @@ def main():
         (gain_by_width, width),
         (accuracy_by_width, width),
         (rho, one_noise),
-        (label_noise, of["label_noise"]),
+        (label_noise, of["label_noise"], width),
         (sparsity, of["sparsity"], width),
         (curves, one_noise),
     ):

@@ -42,17 +42,17 @@ full() {
 }
 
 quick() {
+    local mini="--data-dir data/mini --dataset mnist --results results/quick --val-size 500 --seed 0 1 2"
     RHOS="0.1 0.2"
-    local mini="--data-dir data/mini --dataset mnist --results results/quick --seed 0 1 2"
-    local mlp="--epochs 20 --val-size 500 $mini"
-    for h in 75-25 150-50 300-100 600-200 1200-400; do both python label_noise.py --hidden $h --noise 0.5 $mlp; done
-    for h in 75-25 300-100 600-200; do
-        both python label_noise.py --hidden $h --noise 0.25 0.75 $mlp
-        both python mlp_width.py --hidden $h $mlp
+    for h in "75-25 150-50 300-100" 600-200 1200-400; do
+        both python label_noise.py --hidden $h --noise 0.5 --epochs 20 $mini
     done
-    both python sparsity.py --hidden 600-200 --pruner snip --sparsity 0 0.8 0.95 $mlp
+    both python mlp_width.py --hidden 75-25 300-100 600-200 --epochs 20 $mini
+    both python sparsity.py --hidden 300-100 --pruner snip --sparsity 0 0.9 --epochs 20 $mini
     RHOS="0.05 0.1"
-    for k in 2 4 8; do both python resnet_width.py --filters $k --train-size 1000 --epochs 3 --val-size 500 $mini; done
+    both python label_noise.py --hidden 75-25 300-100 600-200 --noise 0.75 --epochs 20 $mini
+    RHOS="0.1"
+    both python resnet_width.py --filters 2 4 8 --train-size 1000 --epochs 3 $mini
 }
 
 job() { # job INDEX COMMAND...: one command, its output on the screen and in logs/; 255 tells xargs to start no more
