@@ -56,15 +56,17 @@ class SAM:
             raise RuntimeError("the weights are perturbed already: call step() or restore() first")
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if params:
-            self.copies.update((p, torch.empty_like(p)) for p in params if p not in self.copies)
-            torch._foreach_copy_([self.copies[p] for p in params], params)
             grads = [p.grad for p in params]
             scaled = torch._foreach_mul(grads, params) if self.adaptive else grads
-            scale = self.rho / (torch.nn.utils.get_total_norm(scaled) + 1e-12)
+            norms = [norm.to(params[0].device) for norm in torch._foreach_norm(scaled)]
+            scale = self.rho / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-12)
             grads = torch._foreach_mul(scaled, params) if self.adaptive else grads
+            self.copies.update((p, torch.empty_like(p)) for p in params if p not in self.copies)
+            torch._foreach_copy_([self.copies[p] for p in params], params)
             self.perturbed = params
-            torch._foreach_addcmul_(params, grads, [scale.to(p) for p in params])
-        self.optimizer.zero_grad()
+            torch._foreach_addcmul_(params, grads, [scale.to(p.device) for p in params])
+        for p in params:
+            p.grad = None
 
     @torch.no_grad()
     def restore(self):

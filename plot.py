@@ -21,6 +21,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 SGD, SAM, GREY = "#0072B2", "#D55E00", "#8c8c8c"  # Okabe and Ito: told apart by the colour-blind and in print
 STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--")
@@ -178,6 +179,9 @@ MEAN_BAND = "Band: 95% confidence interval of the mean over seeds."
 
 def by_params(ax, ylabel, legend=True):
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("parameters")
     finish(ax, ylabel, legend)
 
@@ -287,6 +291,7 @@ def curves(loads):
                     ax.plot(range(1, len(mean) + 1), mean, style, color=color, label=f"{name}, width {cell.width}")
         for ax, name in zip(column, ("training accuracy, on the labels trained on (%)", "test accuracy (%)")):
             ax.set_xlabel("epoch")
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             finish(ax, name)
     return fig
 

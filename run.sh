@@ -48,11 +48,11 @@ quick() {
         both python label_noise.py --hidden $h --noise 0.5 --epochs 20 $mini
     done
     both python mlp_width.py --hidden 75-25 300-100 600-200 --epochs 20 $mini
-    both python sparsity.py --hidden 300-100 --pruner snip --sparsity 0 0.9 --epochs 20 $mini
+    both python sparsity.py --hidden 600-200 --pruner snip --sparsity 0 0.9 --epochs 20 $mini
     RHOS="0.05 0.1"
     both python label_noise.py --hidden 75-25 300-100 600-200 --noise 0.75 --epochs 20 $mini
     RHOS="0.1"
-    both python resnet_width.py --filters 2 4 8 --train-size 1000 --epochs 3 $mini
+    both python resnet_width.py --filters 2 4 8 --train-size 1000 --batch-size 32 --epochs 3 $mini
 }
 
 job() { # job INDEX COMMAND...: one command, its output on the screen and in logs/; 255 tells xargs to start no more
