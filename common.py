@@ -38,9 +38,8 @@ from tqdm import tqdm
 class SAM:
     """Sharpness-aware minimization around any torch optimizer, which alone holds state to save.
 
-    After a backward pass, `perturb()` moves the weights w to w + e, e = rho g / |g|, with one L2 norm over all
-    parameters, and clears the gradients; after a second one, `step()` restores w bit for bit and steps.
-    adaptive=True is ASAM: e = rho w^2 g / |w g|. ValueError unless rho is finite and not negative.
+    After a backward pass, `perturb()` moves w to w + e, e = rho g / |g| (one L2 norm over all parameters; adaptive, which
+    is ASAM: e = rho w^2 g / |w g|), and clears the gradients; after a second, `step()` restores w bit for bit and steps.
     """
 
     def __init__(self, optimizer, rho=0.05, adaptive=False):
@@ -65,8 +64,7 @@ class SAM:
             torch._foreach_copy_([self.copies[p] for p in params], params)
             self.perturbed = params
             torch._foreach_addcmul_(params, grads, [scale.to(p.device) for p in params])
-        for p in params:
-            p.grad = None
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def restore(self):
@@ -75,11 +73,10 @@ class SAM:
             self.perturbed = []
 
     def step(self, closure=None):
-        """Restores and steps. A closure clears the gradients, calls backward, returns the loss: at w, returned."""
-        loss = None
+        """Restores w and steps; returns the loss at w if a closure (clear, backward, return the loss) is to do it all."""
         try:
-            if closure is not None:
-                loss = closure()
+            loss = closure and closure()
+            if closure:
                 self.perturb()
                 closure()
         finally:
