@@ -38,8 +38,8 @@ from tqdm import tqdm
 class SAM:
     """Sharpness-aware minimization around any torch optimizer, which alone holds state to save.
 
-    After a backward pass, `perturb()` moves w to w + e, e = rho g / |g| (one L2 norm over all parameters; adaptive, which
-    is ASAM: e = rho w^2 g / |w g|), and clears the gradients; after a second, `step()` restores w bit for bit and steps.
+    After a backward pass, `perturb()` moves w to w + e, e = rho g / |g|, one L2 norm over all parameters (adaptive, as
+    in ASAM: e = rho w^2 g / |w g|), and clears the gradients. After another, `step()` restores w bit for bit and steps.
     """
 
     def __init__(self, optimizer, rho=0.05, adaptive=False):
@@ -73,7 +73,7 @@ class SAM:
             self.perturbed = []
 
     def step(self, closure=None):
-        """Restores w and steps; returns the loss at w if a closure (clear, backward, return the loss) is to do it all."""
+        """Restores w and steps; with a closure (clear, backward, return the loss), all of it; returns the loss at w."""
         try:
             loss = closure and closure()
             if closure:
@@ -453,10 +453,9 @@ def parse(parser):
     args.rho = args.rho or ([0.05] if args.sam else [None])
     args.script = Path(sys.argv[0]).stem
     args.hidden, args.filters = getattr(args, "hidden", None), getattr(args, "filters", None)
-    defaults = {**vars(parser.parse_args(["--hidden", "1-1"] if args.hidden else ["--filters", "1"]))}
-    defaults.update(PAPER["hidden" if args.hidden else "filters"])
+    defaults = {key: parser.get_default(key) for key in vars(args)} | PAPER["hidden" if args.hidden else "filters"]
     for key, value in vars(args).items():
-        if value is None and key in defaults:
+        if value is None:
             setattr(args, key, defaults[key])
     try:
         torch.empty(1, device=args.device)
@@ -495,7 +494,7 @@ def write(path, data):
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        fail(f"--results: {path} cannot be written ({error.strerror}); what was written before is intact")
+        fail(f"--results: {path.parent} can't be written to ({error.strerror}); what was written before is intact")
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -511,11 +510,10 @@ def is_finished(config):
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         settings = {key: value for key, value in result["config"].items() if key not in NOT_THE_RUN}
-        if result["status"] in ("done", "diverged") and result["history"] is not None:
-            if settings == identity(config):
-                return True
+        if settings == identity(config) and result["status"] in ("done", "diverged"):
+            return True
         raise ValueError("another configuration")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         note(f"{path}: not a finished result of this run ({error}); running it again")
@@ -546,8 +544,7 @@ class Run:
         self.checkpoint = self.path.with_suffix(".ckpt")
         self.history, self.seconds, self.status = [], 0.0, "done"
         self.saved = time.perf_counter()
-        if self.checkpoint.exists():
-            self.load()
+        self.load()
 
     @staticmethod
     def path_of(config):
@@ -558,12 +555,16 @@ class Run:
             state = torch.load(self.checkpoint, map_location=self.config.device, weights_only=True)
             if state["config"] != identity(self.config):
                 raise ValueError("another configuration")
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.history, self.seconds = state["history"], state["seconds"]
+            model, optimizer, history, seconds = (state[key] for key in ("model", "optimizer", "history", "seconds"))
+            self.model.load_state_dict(model)
+            self.optimizer.load_state_dict(optimizer)
+            self.history, self.seconds = history, seconds
+        except FileNotFoundError:
+            pass
         except Exception as error:  # a torn file raises anything from EOFError to UnpicklingError
             aside = self.checkpoint.with_suffix(".ckpt.bad")
-            note(f"{self.checkpoint}: torn or of another run ({error}); set aside as {aside.name}, starting anew")
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            note(f"{self.checkpoint}: torn or of another run ({reason}); set aside as {aside.name}, starting anew")
             self.checkpoint.replace(aside)
 
     def save(self):
@@ -648,6 +649,10 @@ def main(parser, train):
         dist.init_process_group("nccl" if cuda else "gloo")
     if is_main():
         print(f"{len(runs)} runs, of which {len(runs) - len(todo)} are finished", flush=True)
+    if todo and is_main():  # a folder that can't be written to is better noticed before training
+        probe = Run.path_of(todo[0]).with_name(f".{platform.node()}.{os.getpid()}")
+        write(probe, b"")
+        probe.unlink()
     for config in todo:
         try:
             train(config)

@@ -5,12 +5,12 @@
 # bash run.sh list    the full run's commands, one a line; runs nothing
 #
 # Both sweeps heed JOBS (commands at a time; with several GPUs, spread over them). The full one also heeds SEEDS, RHOS,
-# HIDDEN, FILTERS, NOISES, SPARSITIES and FLAGS (anything more for every command, such as FLAGS="--amp").
+# HIDDEN, FILTERS, NOISE_FILTERS, NOISES, SPARSITIES and FLAGS (anything more for every command, such as FLAGS="--amp").
 set -euo pipefail
 cd "$(dirname "$0")"
 : "${PYTHON:=python3}" "${JOBS:=1}"
 : "${SEEDS:=0 1 2}" "${RHOS:=0.01 0.02 0.05 0.1 0.2 0.5}" "${FLAGS:=}"
-: "${HIDDEN:=75-25 150-50 300-100 1200-400 3000-1000}" "${FILTERS:=4 8 16 32 64 128 256}"
+: "${HIDDEN:=75-25 150-50 300-100 1200-400 3000-1000}" "${FILTERS:=4 8 16 32 64 128 256}" "${NOISE_FILTERS:=4 8 16 32 64}"
 : "${NOISES:=0 0.25 0.5 0.75}" "${SPARSITIES:=0 0.5 0.8 0.9 0.94 0.98}"
 
 has() { "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"; }
@@ -35,7 +35,7 @@ full() {
     for h in $HIDDEN; do both python mlp_width.py --hidden "$h" --seed $SEEDS $FLAGS; done
     for k in $FILTERS; do both python resnet_width.py --filters "$k" --seed $SEEDS $FLAGS; done
     for h in $HIDDEN; do both python label_noise.py --hidden "$h" --noise $NOISES --seed $SEEDS $FLAGS; done
-    for k in $FILTERS; do both python label_noise.py --filters "$k" --noise $NOISES --seed $SEEDS $FLAGS; done
+    for k in $NOISE_FILTERS; do both python label_noise.py --filters "$k" --noise $NOISES --seed $SEEDS $FLAGS; done
     for pruner in random snip; do
         both python sparsity.py --filters 64 --pruner $pruner --sparsity $SPARSITIES --seed $SEEDS $FLAGS
     done
@@ -84,7 +84,7 @@ case "${1:-all}" in
         echo "Figures and summary.md are in figures/quick, the results they come from in results/quick."
         ;;
     test)
-        setup tests/requirements.txt $modules pytest
+        setup tests/requirements.txt $modules pytest ruff
         python -m pytest -q "${@:2}"
         ;;
     list) full ;;
