@@ -261,10 +261,13 @@ def sparsity(loads, dense):
     for (top, bottom), load in zip(axes.T, loads):
         series = [(p, w) for p in load.values("pruner") for w in load.values("width")]
         for i, (pruner, width) in enumerate(series):
+            unpruned = [c for other in dense if other.title == load.title for c in other.where(width=width)]
             cells = load.where(pruner=pruner, width=width)
+            if 0 not in [c.sparsity for c in cells]:
+                cells = unpruned + cells
             color = plt.cm.viridis(0.85 * i / max(len(series) - 1, 1))
             gains = [c.gain() for c in cells]
-            band(top, [c.sparsity for c in cells], gains, STYLES[i % 6], color, f"width {width}, {pruner}")
+            band(top, [c.sparsity or 0 for c in cells], gains, STYLES[i % 6], color, f"width {width}, {pruner}")
             label = f"sparse: width {width}, {pruner}"
             band(bottom, [c.nonzero for c in cells], gains, STYLES[i % 6], color, label)
         narrow = {c.width: c for other in dense if other.title == load.title for c in other.cells}

@@ -62,7 +62,9 @@ def train(config):
     masks = prune(model, kernels, config, data)
     for w, mask in zip(kernels, masks):
         w.data *= mask
-        w.register_hook(lambda g, mask=mask: g * mask)  # so that SAM, momentum and weight decay leave zeros at zero
+        w.register_hook(
+            mask.to(w).mul
+        )  # masks its gradient, so that SAM, momentum and weight decay leave zeros at zero
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
     )
