@@ -192,7 +192,10 @@ def folder_split(root, train):
     folder = next((Path(root, n) for n in names if Path(root, n).is_dir()), None)
     if folder is None:
         fail(f"--dataset {root}: has no folder {' or '.join(names)}, with a folder of images for each class")
-    data = ImageFolder(folder)
+    try:
+        data = ImageFolder(folder)
+    except FileNotFoundError as error:  # no class folders, or one without images
+        fail(f"--dataset {root}: {error}")
     order = np.random.default_rng(0).permutation(len(data.samples))
     images = []
     for path, _ in (data.samples[i] for i in tqdm(order, f"reading {folder}", disable=None, leave=False)):

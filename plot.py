@@ -327,6 +327,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default="results", help="where the scripts put their results (default: results)")
     parser.add_argument("--figures", default="figures", help="where the figures go (default: figures)")
+    parser.error = lambda message: fail(f"{message} (--help lists the flags)")
     args = parser.parse_args()
     folder = Path(args.figures)
     try:

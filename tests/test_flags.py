@@ -1,0 +1,133 @@
+"""Bad input: one line on stderr that names the flag or the file, exit status 2, no traceback."""
+
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+MINI = "--data-dir data/mini --dataset mnist"
+CASES = [  # (command line, what the line must name)
+    ("mlp_width.py --epochs 0", "--epochs"),
+    ("mlp_width.py --epochs many", "--epochs"),
+    ("mlp_width.py --epochs 2.5", "--epochs"),
+    ("mlp_width.py --batch-size 0", "--batch-size"),
+    ("mlp_width.py --lr 0", "--lr"),
+    ("mlp_width.py --lr nan", "--lr"),
+    ("mlp_width.py --lr inf", "--lr"),
+    ("mlp_width.py --momentum 1", "--momentum"),
+    ("mlp_width.py --momentum -0.1", "--momentum"),
+    ("mlp_width.py --weight-decay -1", "--weight-decay"),
+    ("mlp_width.py --seed -1", "--seed"),
+    ("mlp_width.py --seed 99999999999999999999", "--seed"),
+    ("mlp_width.py --seed", "--seed"),
+    ("mlp_width.py --train-size 0", "--train-size"),
+    ("mlp_width.py --val-size -1", "--val-size"),
+    ("mlp_width.py --sam --rho -0.1", "--rho"),
+    ("mlp_width.py --sam --rho nan", "--rho"),
+    ("mlp_width.py --sam --rho inf", "--rho"),
+    ("mlp_width.py --rho 0.1", "--sam"),
+    ("mlp_width.py --adaptive", "--sam"),
+    ("mlp_width.py --hidden 300", "--hidden"),
+    ("mlp_width.py --hidden 300-0", "--hidden"),
+    ("mlp_width.py --hidden 300x100", "--hidden"),
+    ("mlp_width.py --filters 4", "--filters"),
+    ("resnet_width.py --filters 0", "--filters"),
+    ("resnet_width.py --filters four", "--filters"),
+    ("resnet_width.py --hidden 75-25", "--hidden"),
+    ("resnet_width.py --unknown 1", "--unknown"),
+    ("resnet_width.py --ep 3", "--ep"),
+    ("resnet_width.py surplus", "surplus"),
+    ("resnet_width.py --sam=yes", "--sam"),
+    ("label_noise.py", "--hidden"),
+    ("label_noise.py --hidden 75-25 --filters 4", "--filters"),
+    ("label_noise.py --hidden 75-25 --noise 1.1", "--noise"),
+    ("label_noise.py --hidden 75-25 --noise -0.1", "--noise"),
+    ("sparsity.py --noise 0.5 --filters 4", "--noise"),
+    ("sparsity.py --filters 4 --sparsity 1", "--sparsity"),
+    ("sparsity.py --filters 4 --sparsity -0.5", "--sparsity"),
+    ("sparsity.py --filters 4 --pruner grasp", "--pruner"),
+    ("mlp_width.py --device tpu9", "--device tpu9"),
+    ("mlp_width.py --device cuda:99", "--device cuda:99"),
+    ("mlp_width.py --dataset imagenet", "--dataset imagenet"),
+    ("mlp_width.py --dataset {tmp}/none", "--dataset"),
+    (f"mlp_width.py {MINI} --train-size 4001", "--train-size"),
+    (f"mlp_width.py {MINI} --val-size 4000", "--val-size"),
+    (f"mlp_width.py {MINI} --val-size 3000 --train-size 1001", "--train-size"),
+    (f"mlp_width.py {MINI} --results README.md", "--results"),
+    (f"mlp_width.py {MINI} --results README.md/inside", "--results"),
+    (f"mlp_width.py {MINI} --results /dev/null", "--results"),
+    (f"mlp_width.py {MINI} --hidden 99999999-99999999", "--batch-size"),
+    ("mlp_width.py --dataset mnist --data-dir {tmp}/torn", "{tmp}/torn"),
+    ("mlp_width.py --dataset cifar10 --data-dir {tmp}/empty", "{tmp}/empty"),
+    ("mlp_width.py --dataset mnist --data-dir README.md", "README.md"),
+    ("resnet_width.py --filters 2 --dataset {tmp}/no_test", "no_test"),
+    ("resnet_width.py --filters 2 --dataset {tmp}/no_classes", "no_classes"),
+    ("resnet_width.py --filters 2 --dataset {tmp}/broken", "broken.png"),
+    ("resnet_width.py --filters 2 --dataset {tmp}/sizes", "big.png"),
+    ("resnet_width.py --filters 2 --dataset {tmp}/classes", "classes"),
+    ("plot.py --results {tmp}/empty --figures {tmp}/figures", "--results"),
+    ("plot.py --results {tmp}/none --figures README.md", "--figures"),
+    ("plot.py --colour red", "--colour"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data that are damaged in the ways that the cases name."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "empty").mkdir()
+    raw = shutil.copytree(ROOT / "data" / "mini", folder / "torn") / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    raw.write_bytes(raw.read_bytes()[:100_000])
+    for name in ("no_test", "broken", "sizes", "classes"):
+        for part in ("train", "test"):
+            for label in "ab":
+                place = folder / name / part / label
+                place.mkdir(parents=True)
+                Image.new("RGB", (32, 32)).save(place / "image.png")
+    shutil.rmtree(folder / "no_test" / "test")
+    (folder / "no_classes" / "train").mkdir(parents=True)
+    (folder / "no_classes" / "test").mkdir()
+    (folder / "broken" / "train" / "a" / "broken.png").write_bytes(b"not an image")
+    Image.new("RGB", (64, 64)).save(folder / "sizes" / "test" / "a" / "big.png")
+    shutil.move(folder / "classes" / "test" / "b", folder / "classes" / "test" / "c")
+    return folder
+
+
+def lines_of(captured):
+    return [line for line in captured.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize(("command", "named"), CASES, ids=[command for command, _ in CASES])
+def test_bad_input_is_one_line_and_status_2(folder, tmp_path, monkeypatch, capfd, command, named):
+    script, *argv = command.format(tmp=folder).split()
+    if "--results" not in argv and script != "plot.py":
+        argv += ["--results", str(tmp_path)]
+    if "cuda" not in command and script != "plot.py" and "--device" not in argv:
+        argv += ["--device", "cpu"]
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # so that a download fails, network or not
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(script, run_name="__main__")
+    captured = capfd.readouterr()
+    assert exit.value.code == 2
+    assert len(lines_of(captured.err)) == 1 and named.format(tmp=folder) in captured.err, captured.err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("command", ["mlp_width.py --epochs 0", "label_noise.py --hidden 75-25 --dataset imagenet"])
+def test_a_real_process_says_the_same(command):
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(lines_of(done.stderr)) == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("argv", [["nonsense"], ["test", "--no-such-flag"]])
+def test_run_sh_refuses_what_it_does_not_know(argv):
+    done = subprocess.run(["bash", "run.sh", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode not in (0, 1)
