@@ -4,8 +4,8 @@
     python mlp_width.py --hidden 75-25 150-50 300-100 1200-400 3000-1000 --seed 0 1 2 --sam --rho 0.02 0.05 0.1 0.2
     python plot.py
 
-On 2 cores a run of SGD takes 1.5 minutes at 300-100, 6 at 1200-400 and 22 at 3000-1000, SAM twice that. The paper's gains
-are 0.07 points at 75-25 and 0.19 from 1200-400 on.
+On 2 cores a run of SGD takes 1.5 minutes at 300-100, 6 at 1200-400 and 22 at 3000-1000, SAM twice that. The paper's
+gains are 0.07 points at 75-25 and 0.19 from 1200-400 on.
 """
 
 import torch

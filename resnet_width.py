@@ -4,8 +4,8 @@
     python resnet_width.py --filters 4 8 16 32 64 128 256 --seed 0 1 2 --sam --rho 0.02 0.05 0.1 0.2
     python plot.py
 
-A run of SGD at 64 filters takes about 7 minutes on an A100 (estimate), SAM twice that, and twice the filters 4 times that. The
-paper's gains grow from 0.4 points at 4 filters to about 1 from 64 on.
+A run of SGD at 64 filters takes about 7 minutes on an A100 (estimate), SAM twice that, and twice the filters 4 times
+that. The paper's gains grow from 0.4 points at 4 filters to about 1 from 64 on.
 """
 
 import torch
