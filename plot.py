@@ -177,20 +177,20 @@ GAIN_BAND = "Band: 95% confidence interval of the mean paired difference, SAM mi
 MEAN_BAND = "Band: 95% confidence interval of the mean over seeds."
 
 
-def by_params(ax, ylabel, legend=True):
+def by_params(ax, ylabel):
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("parameters")
-    finish(ax, ylabel, legend)
+    finish(ax, ylabel)
 
 
-def finish(ax, ylabel, legend=True):
+def finish(ax, ylabel):
     ax.set_ylabel(ylabel)
     ax.grid(alpha=0.25)
-    if legend and ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=8)
+    if lines := ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=8, framealpha=0.6, ncols=1 + (len(lines) > 4))
 
 
 def gain_by_width(loads):
