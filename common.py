@@ -393,7 +393,7 @@ def number(kind, low, high=math.inf, below=False):
 
 
 def widths(text):
-    if not re.fullmatch(r"[1-9]\d*-[1-9]\d*", text):
+    if not re.fullmatch(r"[1-9]\d{0,8}-[1-9]\d{0,8}", text):
         raise argparse.ArgumentTypeError(f"{text} must be two widths, as in 300-100")
     return text
 
@@ -415,7 +415,7 @@ def flags(doc, hidden=None, filters=None):
         )
     if filters or both:
         text = "filters of ResNet-18's first stage"
-        group.add_argument("--filters", type=number(int, 1), nargs="+", default=filters, metavar="K", help=text)
+        group.add_argument("--filters", type=number(int, 1, 10**6), nargs="+", default=filters, metavar="K", help=text)
 
     def add(flag, kind, default, text, **more):
         paper = " or ".join(str(values[flag]) for values in PAPER.values()) if flag in PAPER["hidden"] else default
@@ -461,7 +461,7 @@ def parse(parser):
         if value is None:
             setattr(args, key, defaults[key])
     try:
-        torch.empty(1, device=args.device)
+        torch.empty(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: cannot be used here ({str(error).splitlines()[0]})")
 
@@ -516,9 +516,9 @@ def is_finished(config):
         if settings == identity(config) and result["status"] in ("done", "diverged"):
             return True
         raise ValueError("another configuration")
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return False
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         note(f"{path}: not a finished result of this run ({error}); running it again")
         return False
 
@@ -559,8 +559,10 @@ class Run:
             if state["config"] != identity(self.config):
                 raise ValueError("another configuration")
             model, optimizer, history, seconds = (state[key] for key in ("model", "optimizer", "history", "seconds"))
+            if {k: w.shape for k, w in model.items()} != {k: w.shape for k, w in self.model.state_dict().items()}:
+                raise ValueError("another model")
+            self.optimizer.load_state_dict(optimizer)  # raises before it changes anything; the model's would not
             self.model.load_state_dict(model)
-            self.optimizer.load_state_dict(optimizer)
             self.history, self.seconds = history, seconds
         except FileNotFoundError:
             pass

@@ -324,7 +324,9 @@ def summary(loads):
 
 def main():
     """Draws what the results suffice for, and says what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--results", default="results", help="where the scripts put their results (default: results)")
     parser.add_argument("--figures", default="figures", help="where the figures go (default: figures)")
     parser.error = lambda message: fail(f"{message} (--help lists the flags)")

@@ -16,6 +16,8 @@ cd "$(dirname "$0")"
 has() { "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"; }
 python() { "$PYTHON" "$@"; }
 
+[ "$JOBS" = 1 ] || export OMP_WAIT_POLICY=PASSIVE # threads that spin slow each other down many times
+
 setup() { # setup REQUIREMENTS MODULE...: a Python that has the modules: this one, or one in .venv
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         { echo "run.sh: $PYTHON is not Python 3.10 or newer; name one that is: PYTHON=/path/to/python bash run.sh" >&2; exit 2; }
@@ -93,8 +95,7 @@ case "${1:-all}" in
         setup requirements.txt $modules
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + JOBS - 1) / JOBS))}
         # before several commands download at once
-        python -c 'from torchvision.datasets import CIFAR10, MNIST; MNIST("data", download=True); CIFAR10("data", download=True)' ||
-            { echo "run.sh: MNIST and CIFAR-10 could not be downloaded to data/; put torchvision's files there" >&2; exit 2; }
+        python -c 'from common import read_dataset; read_dataset("mnist", "data"), read_dataset("cifar10", "data")'
         full | sweep results figures
         echo "Figures and summary.md are in figures, the results they come from in results."
         ;;
