@@ -548,6 +548,8 @@ class Run:
         self.history, self.seconds, self.status = [], 0.0, "done"
         self.saved = time.perf_counter()
         self.load()
+        if dist.is_initialized():
+            dist.barrier()  # or rank 0 may finish, and remove the checkpoint, before another has read it
 
     @staticmethod
     def path_of(config):
@@ -570,7 +572,8 @@ class Run:
             aside = self.checkpoint.with_suffix(".ckpt.bad")
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             note(f"{self.checkpoint}: torn or of another run ({reason}); set aside as {aside.name}, starting anew")
-            self.checkpoint.replace(aside)
+            with contextlib.suppress(FileNotFoundError):  # another process has moved it
+                self.checkpoint.replace(aside)
 
     def save(self):
         state = {"config": identity(self.config), "history": self.history, "seconds": self.seconds}

@@ -147,9 +147,10 @@ def test_a_resnet_under_torchrun_writes_one_sane_result(tmp_path):
     assert 1.5 < row["train_loss"] < 4 and 0 < row["train_acc"] < 1 and 0 < row["test_acc"] < 1
 
 
-def test_sgd_under_torchrun_equals_one_process(tmp_path):
+@pytest.mark.parametrize("argv", [["mlp_width.py"], ["sparsity.py", "--pruner", "snip", "--sparsity", "0.5"]])
+def test_sgd_under_torchrun_equals_one_process(tmp_path, argv):
     for processes in (1, WORLD):
-        script(tmp_path / str(processes), "mlp_width.py", "--hidden", "30-20", processes=processes)
+        script(tmp_path / str(processes), *argv, "--hidden", "30-20", processes=processes)
     one, two = (result_of(tmp_path / str(processes))["history"][0] for processes in (1, WORLD))
     assert one.keys() == two.keys()
     for key in one.keys() - {"seconds"}:
