@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash run.sh quick   every experiment in miniature, on the images in data/mini: about 8 minutes on 2 cores
+# bash run.sh quick   every experiment in miniature, on the images in data/mini: about 7 minutes on 2 cores
 # bash run.sh test    the test suite
 # bash run.sh         every figure at the paper's scale; goes on where it was stopped
 # bash run.sh list    the full run's commands, one a line; runs nothing
@@ -79,7 +79,7 @@ sweep() { # sweep RESULTS FIGURES: runs the commands on standard input, JOBS at 
 modules="torch torchvision numpy tqdm matplotlib"
 case "${1:-all}" in
     quick)
-        echo "Every experiment in miniature, on 4,000 MNIST images: $(quick | wc -l | tr -d ' ') commands, about 8 minutes on 2 cores."
+        echo "Every experiment in miniature, on 4,000 MNIST images: $(quick | wc -l | tr -d ' ') commands, about 7 minutes on 2 cores."
         setup requirements.txt $modules
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # the same on every machine: rounding depends on it
         quick | sweep results/quick figures/quick
