@@ -503,17 +503,16 @@ def write(path, data):
             temporary.unlink()
 
 
-def identity(config):
-    """What a result file or checkpoint must agree on to belong to the run."""
-    return {key: value for key, value in vars(config).items() if key not in NOT_THE_RUN}
+def identity(settings):
+    """The settings that a result file or checkpoint must agree on to belong to the run."""
+    return {key: value for key, value in settings.items() if key not in NOT_THE_RUN}
 
 
 def is_finished(config):
     path = Run.path_of(config)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        settings = {key: value for key, value in result["config"].items() if key not in NOT_THE_RUN}
-        if settings == identity(config) and result["status"] in ("done", "diverged"):
+        if identity(result["config"]) == identity(vars(config)) and result["status"] in ("done", "diverged"):
             return True
         raise ValueError("another configuration")
     except OSError:
@@ -558,7 +557,7 @@ class Run:
     def load(self):
         try:
             state = torch.load(self.checkpoint, map_location=self.config.device, weights_only=True)
-            if state["config"] != identity(self.config):
+            if state["config"] != identity(vars(self.config)):
                 raise ValueError("another configuration")
             model, optimizer, history, seconds = (state[key] for key in ("model", "optimizer", "history", "seconds"))
             if {k: w.shape for k, w in model.items()} != {k: w.shape for k, w in self.model.state_dict().items()}:
@@ -576,7 +575,7 @@ class Run:
                 self.checkpoint.replace(aside)
 
     def save(self):
-        state = {"config": identity(self.config), "history": self.history, "seconds": self.seconds}
+        state = {"config": identity(vars(self.config)), "history": self.history, "seconds": self.seconds}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, buffer := io.BytesIO())
         write(self.checkpoint, buffer.getbuffer())
