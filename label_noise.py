@@ -56,22 +56,20 @@ def train(config):
 
     for epoch in run.epochs():
         model.train()
-        sums = torch.zeros(3, device=config.device)
+        outputs = []
         for i, (images, y, clean_y) in enumerate(batches(data, config, epoch, noisy, clean)):
             lr = set_learning_rate(config, optimizer, (epoch - 1) * updates + i, config.epochs * updates)
             optimizer.zero_grad()
             logits = model(images)
-            loss = F.cross_entropy(logits, y)
-            loss.backward()
+            F.cross_entropy(logits, y).backward()
             if sam:
                 sam.perturb()
                 with frozen_bn_stats(model):
                     F.cross_entropy(model(images), y).backward()
             average_gradients(model, len(y))
             (sam or optimizer).step()
-            guess = logits.argmax(1)
-            sums += torch.stack([loss.detach() * len(y), (guess == y).sum(), (guess == clean_y).sum()])
-        run.end_epoch(lr, sums, data)
+            outputs.append((logits.detach(), y, clean_y))
+        run.end_epoch(lr, outputs, data)
     run.finish()
 
 

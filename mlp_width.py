@@ -27,20 +27,19 @@ def train(config):
 
     for epoch in run.epochs():
         model.train()
-        sums = torch.zeros(2, device=config.device)
+        outputs = []
         for i, (images, y) in enumerate(batches(data, config, epoch, labels)):
             lr = set_learning_rate(config, optimizer, (epoch - 1) * updates + i, config.epochs * updates)
             optimizer.zero_grad()
             logits = model(images)
-            loss = F.cross_entropy(logits, y)
-            loss.backward()
+            F.cross_entropy(logits, y).backward()
             if sam:
                 sam.perturb()
                 F.cross_entropy(model(images), y).backward()
             average_gradients(model, len(y))
             (sam or optimizer).step()
-            sums += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
-        run.end_epoch(lr, sums, data)
+            outputs.append((logits.detach(), y))
+        run.end_epoch(lr, outputs, data)
     run.finish()
 
 

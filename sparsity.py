@@ -57,16 +57,23 @@ def prune(model, kernels, config, data):
     return lowest(scores, round(config.sparsity * sum(s.numel() for s in scores)))
 
 
+def apply(mask, weight):
+    """Masks the weight and all its gradients, so that SAM, momentum and weight decay leave zeros at zero."""
+
+    def mask_gradient(weight):
+        weight.grad *= mask
+
+    weight.data *= mask
+    weight.register_post_accumulate_grad_hook(mask_gradient)
+
+
 def train(config):
     data = load_data(config)
     model = build_model(config, data)
     kernels = [w for w in model.parameters() if w.ndim > 1]
     masks = prune(model, kernels, config, data)
     for w, mask in zip(kernels, masks):
-        w.data *= mask
-        w.register_hook(
-            mask.to(w).mul
-        )  # masks its gradient, so that SAM, momentum and weight decay leave zeros at zero
+        apply(mask.to(w), w)
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
     )
@@ -77,21 +84,20 @@ def train(config):
 
     for epoch in run.epochs():
         model.train()
-        sums = torch.zeros(2, device=config.device)
+        outputs = []
         for i, (images, y) in enumerate(batches(data, config, epoch, labels)):
             lr = set_learning_rate(config, optimizer, (epoch - 1) * updates + i, config.epochs * updates)
             optimizer.zero_grad()
             logits = model(images)
-            loss = F.cross_entropy(logits, y)
-            loss.backward()
+            F.cross_entropy(logits, y).backward()
             if sam:
                 sam.perturb()
                 with frozen_bn_stats(model):
                     F.cross_entropy(model(images), y).backward()
             average_gradients(model, len(y))
             (sam or optimizer).step()
-            sums += torch.stack([loss.detach() * len(y), (logits.argmax(1) == y).sum()])
-        run.end_epoch(lr, sums, data)
+            outputs.append((logits.detach(), y))
+        run.end_epoch(lr, outputs, data)
     run.finish(removed=sum(int((~mask).sum()) for mask in masks))
 
 

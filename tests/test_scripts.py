@@ -133,3 +133,19 @@ def test_help_names_every_flag():
     flags = "hidden filters sparsity pruner sam rho adaptive epochs batch-size lr momentum weight-decay seed dataset"
     for flag in [*flags.split(), *"data-dir train-size val-size device results force amp compile fp32".split()]:
         assert f"--{flag}" in done.stdout
+
+
+PEAK = r"""
+import re, runpy, sys
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of its memory in /proc")
+def test_sam_takes_the_memory_of_one_more_copy_of_the_parameters(tmp_path):
+    argv = ["mlp_width.py", *MINI, "--hidden", "3000-1000", "--epochs", 1, "--results", tmp_path]
+    sgd, sam = (call(sys.executable, "-c", PEAK, *argv, *more).stdout.split()[-1] for more in ([], ["--sam"]))
+    parameters = 4 * results(tmp_path)[0]["num_params"]
+    assert 0.6 < 1024 * (int(sam) - int(sgd)) / parameters < 1.4
