@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# bash run.sh quick   every experiment in miniature, on the images in data/mini: about 7 minutes on 2 cores
+# bash run.sh quick   every experiment in miniature, on the images in data/mini: about 5 minutes on 2 cores
 # bash run.sh test    the test suite
 # bash run.sh         every figure at the paper's scale; goes on where it was stopped
 # bash run.sh list    the full run's commands, one a line; runs nothing
 #
-# Both sweeps heed JOBS (commands at a time; with several GPUs, spread over them). The full one also heeds SEEDS, RHOS,
-# HIDDEN, FILTERS, NOISE_FILTERS, NOISES, SPARSITIES and FLAGS (anything more for every command, such as FLAGS="--amp").
+# Both sweeps heed JOBS: commands at a time, spread over the GPUs, several on each where JOBS is larger (1; in quick the
+# number of cores, at most 4). The full one also heeds SEEDS, RHOS, HIDDEN, FILTERS, NOISE_FILTERS, NOISES, SPARSITIES
+# and FLAGS (anything more for every command, such as FLAGS="--amp").
 set -euo pipefail
 cd "$(dirname "$0")"
-: "${PYTHON:=python3}" "${JOBS:=1}"
+: "${PYTHON:=python3}"
 : "${SEEDS:=0 1 2}" "${RHOS:=0.01 0.02 0.05 0.1 0.2 0.5}" "${FLAGS:=}"
 : "${HIDDEN:=75-25 150-50 300-100 1200-400 3000-1000}" "${FILTERS:=4 8 16 32 64 128 256}" "${NOISE_FILTERS:=4 8 16 32 64}"
 : "${NOISES:=0 0.25 0.5 0.75}" "${SPARSITIES:=0 0.5 0.8 0.9 0.94 0.98}"
@@ -16,7 +17,7 @@ cd "$(dirname "$0")"
 has() { "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"; }
 python() { "$PYTHON" "$@"; }
 
-[ "$JOBS" = 1 ] || export OMP_WAIT_POLICY=PASSIVE # threads that spin slow each other down many times
+cores=$(getconf _NPROCESSORS_ONLN)
 
 setup() { # setup REQUIREMENTS MODULE...: a Python that has the modules: this one, or one in .venv
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
@@ -58,11 +59,11 @@ quick() {
 }
 
 job() { # job INDEX COMMAND...: one command, its output on the screen and in logs/; 255 tells xargs to start no more
-    local log="$LOGS/$1.log" gpus
+    local log="$LOGS/$1.log" gpus # xargs numbers its SLOTs from 0: a command takes the GPU of one that has ended
     gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, - || true)}
     if [ -n "$gpus" ]; then
         IFS=, read -ra gpus <<<"$gpus"
-        export CUDA_VISIBLE_DEVICES=${gpus[$(($1 % ${#gpus[@]}))]}
+        export CUDA_VISIBLE_DEVICES=${gpus[$((${SLOT:-$1} % ${#gpus[@]}))]}
     fi
     echo "$ ${*:2}" | tee "$log"
     "${@:2}" 2>&1 | tee -a "$log" || { echo "run.sh: failed: ${*:2} (its output: $log)" >&2; exit 255; }
@@ -71,7 +72,8 @@ job() { # job INDEX COMMAND...: one command, its output on the screen and in log
 sweep() { # sweep RESULTS FIGURES: runs the commands on standard input, JOBS at a time, then draws
     export LOGS=$1/logs
     mkdir -p "$LOGS"
-    nl -ba | xargs -P "$JOBS" -L 1 bash run.sh job ||
+    [[ $(xargs --help </dev/null 2>&1) != *process-slot* ]] || set -- "$@" --process-slot-var=SLOT # only GNU's has it
+    nl -ba | xargs "${@:3}" -P "$JOBS" -L 1 bash run.sh job ||
         { echo "run.sh: stopped; the finished runs are kept: the same command goes on from them" >&2; exit 1; }
     python plot.py --results "$1" --figures "$2"
 }
@@ -79,9 +81,10 @@ sweep() { # sweep RESULTS FIGURES: runs the commands on standard input, JOBS at 
 modules="torch torchvision numpy tqdm matplotlib"
 case "${1:-all}" in
     quick)
-        echo "Every experiment in miniature, on 4,000 MNIST images: $(quick | wc -l | tr -d ' ') commands, about 7 minutes on 2 cores."
+        echo "Every experiment in miniature, on 4,000 MNIST images: $(quick | wc -l | tr -d ' ') commands, about 5 minutes on 2 cores."
         setup requirements.txt $modules
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # the same on every machine: rounding depends on it
+        JOBS=${JOBS:-$((cores < 4 ? cores : 4))}
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # at any JOBS and on every machine: rounding depends on it
         quick | sweep results/quick figures/quick
         echo "Figures and summary.md are in figures/quick, the results they come from in results/quick."
         ;;
@@ -93,7 +96,8 @@ case "${1:-all}" in
     job) job "${@:2}" ;;
     all)
         setup requirements.txt $modules
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + JOBS - 1) / JOBS))}
+        JOBS=${JOBS:-1}
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + JOBS - 1) / JOBS))}
         # before several commands download at once
         python -c 'from common import read_dataset; read_dataset("mnist", "data"), read_dataset("cifar10", "data")'
         full | sweep results figures

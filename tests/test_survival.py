@@ -250,7 +250,11 @@ def clone(tmp_path):
     for path in (*ROOT.glob("*.py"), ROOT / "run.sh", ROOT / "requirements.txt"):
         shutil.copy(path, tmp_path)
     fake = tmp_path / "fake"
-    fake.write_text('#!/bin/sh\necho "$*" >>calls\ncase "$*" in *150-50*) echo broken >&2; exit 3;; esac\n')
+    fake.write_text(
+        "#!/bin/sh\necho $* >>calls\necho starts $CUDA_VISIBLE_DEVICES >>gpus\n"
+        "case $* in *150-50*) echo broken >&2; exit 3;; *--sam*) sleep 0.3;; esac\n"
+        "echo ends $CUDA_VISIBLE_DEVICES >>gpus\n"
+    )
     fake.chmod(0o755)
     return tmp_path
 
@@ -277,6 +281,22 @@ def test_run_sh_draws_when_every_command_has_ended(clone):
     assert (done.returncode, done.stderr) == (0, "")
     assert len(list((clone / "results" / "logs").iterdir())) == 12
     assert (clone / "calls").read_text().splitlines()[-1] == "plot.py --results results --figures figures"
+
+
+def test_run_sh_gives_each_command_a_gpu_that_is_free(clone):
+    variables = {
+        "CUDA_VISIBLE_DEVICES": "3,GPU-5",
+        "JOBS": "2",
+        "HIDDEN": "75-25",
+        "FILTERS": "4",
+        "NOISE_FILTERS": "4",
+    }
+    assert run_sh(clone, PYTHON=str(clone / "fake"), **variables).returncode == 0
+    events = [line.split() for line in (clone / "gpus").read_text().splitlines() if line.split()[1] != "3,GPU-5"]
+    assert len(events) == 24 and {gpu for _, gpu in events} == {"3", "GPU-5"}
+    for gpu in ("3", "GPU-5"):
+        turns = [event for event, of in events if of == gpu]
+        assert turns == ["starts", "ends"] * (len(turns) // 2)
 
 
 @pytest.mark.parametrize(
