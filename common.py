@@ -331,7 +331,6 @@ def set_learning_rate(config, optimizer, step, steps):
     lr = config.lr * 0.1 ** sum(step >= int(fraction * steps) for fraction in milestones)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    return lr
 
 
 def score(logits, *labels):
@@ -597,14 +596,14 @@ class Run:
                 if self.status == "diverged":
                     break
 
-    def end_epoch(self, lr, outputs, data):
+    def end_epoch(self, outputs, data):
         """Adds an epoch to the history; outputs: each step's logits, labels and, with label noise, clean labels."""
         sums = score(*map(torch.cat, zip(*outputs)))
         if dist.is_initialized():
             dist.all_reduce(sums)
             for buffer in self.model.buffers():  # BN's running statistics are those of rank 0
                 dist.broadcast(buffer, 0)
-        row = {"epoch": len(self.history) + 1, "lr": lr}
+        row = {"epoch": len(self.history) + 1, "lr": self.optimizer.param_groups[0]["lr"]}
         names = ("train_loss", "train_acc", "train_clean_acc")
         row.update(zip(names, (total / len(data.train.labels) for total in sums.tolist())))
         for name in ("test", "val"):

@@ -57,8 +57,8 @@ def train(config):
     for epoch in run.epochs():
         model.train()
         outputs = []
-        for i, (images, y, clean_y) in enumerate(batches(data, config, epoch, noisy, clean)):
-            lr = set_learning_rate(config, optimizer, (epoch - 1) * updates + i, config.epochs * updates)
+        for step, (images, y, clean_y) in enumerate(batches(data, config, epoch, noisy, clean), (epoch - 1) * updates):
+            set_learning_rate(config, optimizer, step, config.epochs * updates)
             optimizer.zero_grad()
             logits = model(images)
             F.cross_entropy(logits, y).backward()
@@ -69,7 +69,7 @@ def train(config):
             average_gradients(model, len(y))
             (sam or optimizer).step()
             outputs.append((logits.detach(), y, clean_y))
-        run.end_epoch(lr, outputs, data)
+        run.end_epoch(outputs, data)
     run.finish()
 
 

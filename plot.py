@@ -100,13 +100,16 @@ class Cell:
 
 
 class Workload:
-    """All runs of one script that agree in data set, model and every setting, as cells by width."""
+    """All runs of one script that agree in data set, model and every setting, as cells by width.
 
-    def __init__(self, script, title, runs):
-        self.script, self.title = script, title
+    differing: what sets the workload apart from others of its script, for its title.
+    """
+
+    def __init__(self, script, runs, differing):
         config = runs[0]["config"]
+        self.script, self.dataset = script, config["dataset"]
         self.model = "MLP" if config["hidden"] else "ResNet-18"
-        self.dataset = config["dataset"]
+        self.title = ", ".join([Path(self.dataset).name, self.model, *differing])
         self.chosen = "held-out" if config["val_size"] else "test"
         groups = defaultdict(list)
         for run in runs:
@@ -143,13 +146,11 @@ def workloads(runs):
         groups[tuple((k, v) for k, v in config.items() if k not in VARIED | PLACE), config["script"]].append(run)
     found = []
     for (settings, script), group in groups.items():
-        model = "MLP" if group[0]["config"]["hidden"] else "ResNet-18"
         alike = [dict(other) for other, s in groups if s == script]
         differing = [f"{k} {v}" for k, v in settings if k != "dataset" and len({str(o.get(k)) for o in alike}) > 1]
-        title = ", ".join([Path(dict(settings)["dataset"]).name, model, *differing])
         for adaptive in (False, True):  # ASAM is a workload of its own, beside the same SGD runs
             chosen = [r for r in group if not r["config"]["sam"] or r["config"]["adaptive"] == adaptive]
-            load = Workload(script, title + ", ASAM" * adaptive, chosen)
+            load = Workload(script, chosen, differing + ["ASAM"] * adaptive)
             if load.cells or load.diverged:
                 found.append(load)
     return found

@@ -39,8 +39,8 @@ def train(config):
     for epoch in run.epochs():
         model.train()
         outputs = []
-        for i, (images, y) in enumerate(batches(data, config, epoch, labels)):
-            lr = set_learning_rate(config, optimizer, (epoch - 1) * updates + i, config.epochs * updates)
+        for step, (images, y) in enumerate(batches(data, config, epoch, labels), (epoch - 1) * updates):
+            set_learning_rate(config, optimizer, step, config.epochs * updates)
             optimizer.zero_grad()
             logits = model(images)
             F.cross_entropy(logits, y).backward()
@@ -51,7 +51,7 @@ def train(config):
             average_gradients(model, len(y))
             (sam or optimizer).step()
             outputs.append((logits.detach(), y))
-        run.end_epoch(lr, outputs, data)
+        run.end_epoch(outputs, data)
     run.finish()
 
 
