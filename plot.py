@@ -190,8 +190,13 @@ def by_params(ax, ylabel):
 def finish(ax, ylabel):
     ax.set_ylabel(ylabel)
     ax.grid(alpha=0.25)
-    if lines := ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=8, framealpha=0.6, ncols=1 + (len(lines) > 4))
+    lines = ax.get_legend_handles_labels()[0]
+    if len(lines) > 4:  # a legend of two columns, with room of its own below
+        low, high = ax.get_ylim()
+        ax.set_ylim(low - 0.07 * (1 + len(lines) // 2) * (high - low), high)
+        ax.legend(fontsize=8, framealpha=0.6, ncols=2, loc="lower left")
+    elif lines:
+        ax.legend(fontsize=8, framealpha=0.6)
 
 
 def gain_by_width(loads):
@@ -204,7 +209,8 @@ def gain_by_width(loads):
             faint.plot(*PAPER[load.dataset, load.model], "x:", color=GREY, alpha=0.7)
             faint.set_ylabel("the paper's, at its scale (points)", color=GREY)
             faint.tick_params(axis="y", colors=GREY)
-            faint.set_ylim(bottom=min(0, faint.get_ylim()[0]))
+            low, high = faint.get_ylim()
+            faint.set_ylim(min(0, low), 1.3 * high)  # the legend above it
             ax.plot([], [], "x:", color=GREY, label="the paper's (right axis)")
         by_params(ax, "gain in test accuracy (points)")
     return fig
@@ -293,7 +299,7 @@ def curves(loads):
                     runs = [[row[key] for row in pair[which]["history"]] for pair in cell.pairs(cell.best)]
                     mean = 100 * np.mean(runs, axis=0)
                     ax.plot(range(1, len(mean) + 1), mean, style, color=color, label=f"{name}, width {cell.width}")
-        for ax, name in zip(column, ("training accuracy, on the labels trained on (%)", "test accuracy (%)")):
+        for ax, name in zip(column, ("training accuracy (%)", "test accuracy (%)")):
             ax.set_xlabel("epoch")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             finish(ax, name)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,8 @@ def test_help_names_every_flag():
 
 
 PEAK = r"""
-import re, runpy, sys
+import re, runpy, sys, common
+common.keep_freed_memory = lambda: None  # what is freed does not count
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 print(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1])
@@ -144,8 +146,28 @@ print(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of its memory in /proc")
-def test_sam_takes_the_memory_of_one_more_copy_of_the_parameters(tmp_path):
+def test_sam_takes_the_memory_of_one_more_copy_of_the_parameters(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     argv = ["mlp_width.py", *MINI, "--hidden", "3000-1000", "--epochs", 1, "--results", tmp_path]
     sgd, sam = (call(sys.executable, "-c", PEAK, *argv, *more).stdout.split()[-1] for more in ([], ["--sam"]))
     parameters = 4 * results(tmp_path)[0]["num_params"]
     assert 0.6 < 1024 * (int(sam) - int(sgd)) / parameters < 1.4
+
+
+FAULTS = """
+import resource, sys, torch, common
+if sys.argv[1] == "keep":
+    common.keep_freed_memory()
+counts = []
+for _ in range(12):
+    tensors = [torch.ones(2**20) for _ in range(20)]
+    del tensors
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(counts[-1] - counts[1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_freed_memory_is_kept_for_the_next_step():
+    returned, kept = (int(call(sys.executable, "-c", FAULTS, how).stdout) for how in ("return", "keep"))
+    assert kept < 0.1 * returned
