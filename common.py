@@ -148,14 +148,7 @@ def ResNet18(filters=64, channels=3, classes=10):
     return lecun_normal_(nn.Sequential(*layers))
 
 
-DATASETS = {
-    "mnist": "MNIST",
-    "fashionmnist": "FashionMNIST",
-    "kmnist": "KMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "svhn": "SVHN",
-}
+DATASETS = {name.lower(): name for name in ("MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100", "SVHN")}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10's channels
 
 
@@ -377,11 +370,6 @@ def note(message):
         tqdm.write(message, file=sys.stderr)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message} (--help lists the flags)")
-
-
 def number(kind, low, high=math.inf, below=False):
     """An argparse type: a finite int or float from low to high, or below high."""
 
@@ -410,13 +398,14 @@ PAPER = {  # the defaults that depend on the model
 
 def flags(doc, hidden=None, filters=None):
     """The parser of the flags that all scripts share, its widths at these defaults; without any, one must be given."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message} (--help lists the flags)")
     both = not hidden and not filters
     group = parser.add_mutually_exclusive_group(required=True) if both else parser
     if hidden or both:
-        group.add_argument(
-            "--hidden", type=widths, nargs="+", default=hidden, metavar="H1-H2", help="widths of the MLP"
-        )
+        text = "widths of the MLP's hidden layers"
+        group.add_argument("--hidden", type=widths, nargs="+", default=hidden, metavar="H1-H2", help=text)
     if filters or both:
         text = "filters of ResNet-18's first stage"
         group.add_argument("--filters", type=number(int, 1, 10**6), nargs="+", default=filters, metavar="K", help=text)
@@ -470,10 +459,8 @@ def parse(parser):
         fail(f"--device {args.device}: cannot be used here ({str(error).splitlines()[0]})")
 
     lists = {key: value for key, value in vars(args).items() if isinstance(value, list)}
-    runs = [
-        argparse.Namespace(**{**vars(args), **dict(zip(lists, values))})
-        for values in itertools.product(*lists.values())
-    ]
+    combinations = itertools.product(*lists.values())
+    runs = [argparse.Namespace(**vars(args) | dict(zip(lists, values))) for values in combinations]
     for config in runs:
         config.name = run_name(config, defaults)
     return runs

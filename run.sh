@@ -47,7 +47,7 @@ full() {
 quick() {
     local mini="--data-dir data/mini --dataset mnist --results results/quick --val-size 500 --seed 0 1 2"
     RHOS="0.05"
-    both python resnet_width.py --filters 2 4 8 --train-size 1500 --batch-size 32 --epochs 4 $mini
+    both python resnet_width.py --filters 2 4 8 --train-size 1000 --batch-size 32 --epochs 4 $mini
     RHOS="0.1 0.2"
     for h in "75-25 150-50 300-100" 600-200 1200-400; do
         both python label_noise.py --hidden $h --noise 0.5 --epochs 20 $mini
