@@ -93,15 +93,15 @@ def frozen_bn_stats(model):
 
     For SAM's second pass: statistics at w + e do not belong to w, and each batch counts once.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracking = [m.track_running_stats for m in layers]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracking = [m for m in norms if m.track_running_stats]
     try:
-        for m in layers:
+        for m in tracking:
             m.track_running_stats = False
         yield
     finally:
-        for m, tracked in zip(layers, tracking):
-            m.track_running_stats = tracked
+        for m in tracking:
+            m.track_running_stats = True
 
 
 def lecun_normal_(model):
@@ -216,6 +216,8 @@ def read_dataset(dataset, data_dir):
         *test, test_names = folder_split(dataset, False)
         if names != test_names or train[0].shape[1:] != test[0].shape[1:]:
             fail(f"--dataset {dataset}: its training and test images differ in classes, size or channels")
+        if len(names) < 2:
+            fail(f"--dataset {dataset}: has one class of images, but needs two or more")
         return train, test, len(names)
     try:
         train, test = (torchvision_split(dataset, data_dir, train) for train in (True, False))
@@ -314,6 +316,7 @@ def build_model(config, data):
         model.forward = torch.autocast(torch.device(config.device).type, torch.bfloat16)(model.forward)
         model.register_forward_hook(lambda model, images, logits: logits.float())
     if config.compile:
+        torch.compiler.reset()  # or the graphs of a sweep's earlier runs exhaust its limit
         model.compile()
     return model
 
@@ -515,8 +518,8 @@ def is_finished(config):
 
 @functools.cache
 def environment(device):
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):
+    git, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], None
+    with contextlib.suppress(OSError):  # no git
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "python": platform.python_version(),
@@ -616,10 +619,8 @@ class Run:
             "num_params": params,
             "num_nonzero": params - removed,
             "status": self.status,
-            "test_acc": last.get("test_acc"),
+            **{key: last.get(key) for key in ("test_acc", "test_loss", "train_loss")},
             "best_test_acc": max((row["test_acc"] for row in self.history), default=None),
-            "test_loss": last.get("test_loss"),
-            "train_loss": last.get("train_loss"),
             "env": {**environment(self.config.device), "seconds": round(self.seconds, 3)},
             "history": self.history,
         }
@@ -648,24 +649,27 @@ def main(parser, train):
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     keep_freed_memory()
+    torchrun = "LOCAL_RANK" in os.environ
+    if torchrun and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     runs = parse(parser)
     todo = [config for config in runs if config.force or not is_finished(config)]
-    if "LOCAL_RANK" in os.environ:  # started by torchrun
-        cuda = "cuda" in runs[0].device
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if torchrun:
+        dist.init_process_group("nccl" if "cuda" in runs[0].device else "gloo")
     if is_main():
         print(f"{len(runs)} runs, of which {len(runs) - len(todo)} are finished", flush=True)
     if todo and is_main():  # a folder that can't be written to is better noticed before training
         probe = Run.path_of(todo[0]).with_name(f".{platform.node()}.{os.getpid()}")
         write(probe, b"")
         probe.unlink()
+        read_dataset(todo[0].dataset, todo[0].data_dir)  # which may download it: the other processes wait
+    if torchrun:
+        dist.barrier()
     for config in todo:
         try:
             train(config)
         except RuntimeError as error:
-            if "memory" not in str(error):
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
                 raise
             fail(f"{config.name}: does not fit into memory; use a smaller width or --batch-size, or another --device")
     if dist.is_initialized():

@@ -54,7 +54,8 @@ def read(folder):
         for path in sorted(Path(folder, script).glob("*.json")):
             try:
                 run = json.loads(path.read_text(encoding="utf-8"))
-                {**run["config"], **run}["sam"], run["num_nonzero"], run["test_acc"], run["config"]["seed"]
+                [run[key] for key in ("num_params", "num_nonzero", "test_acc", "best_test_acc", "history")]
+                [run["config"][key] for key in ("sam", "rho", "seed", "hidden", "filters", "val_size", "dataset")]
                 if run["config"]["script"] != script or run["status"] not in ("done", "diverged"):
                     raise ValueError("of another script, or not finished")
                 yield run
@@ -93,7 +94,7 @@ class Cell:
         return any(run["status"] == "diverged" for run in self.sam[rho].values())
 
     def gain(self, rho=None, key="test_acc"):
-        return interval([100 * (sam[key] - sgd[key]) for sgd, sam in self.pairs(rho or self.best)])
+        return interval([100 * (sam[key] - sgd[key]) for sgd, sam in self.pairs(self.best if rho is None else rho)])
 
     def accuracy(self, which, key="test_acc"):
         return interval([100 * pair[which][key] for pair in self.pairs(self.best)])
@@ -105,9 +106,9 @@ class Workload:
     differing: what sets the workload apart from others of its script, for its title.
     """
 
-    def __init__(self, script, runs, differing):
+    def __init__(self, script, runs, settings, differing):
         config = runs[0]["config"]
-        self.script, self.dataset = script, config["dataset"]
+        self.script, self.settings, self.dataset = script, settings, config["dataset"]
         self.model = "MLP" if config["hidden"] else "ResNet-18"
         self.title = ", ".join([Path(self.dataset).name, self.model, *differing])
         self.chosen = "held-out" if config["val_size"] else "test"
@@ -150,7 +151,7 @@ def workloads(runs):
         differing = [f"{k} {v}" for k, v in settings if k != "dataset" and len({str(o.get(k)) for o in alike}) > 1]
         for adaptive in (False, True):  # ASAM is a workload of its own, beside the same SGD runs
             chosen = [r for r in group if not r["config"]["sam"] or r["config"]["adaptive"] == adaptive]
-            load = Workload(script, chosen, differing + ["ASAM"] * adaptive)
+            load = Workload(script, chosen, (settings, adaptive), differing + ["ASAM"] * adaptive)
             if load.cells or load.diverged:
                 found.append(load)
     return found
@@ -249,7 +250,7 @@ def label_noise(loads, clean):
     )
     for (top, bottom), load in zip(axes.T, loads):
         rates = {noise: load.where(noise=noise) for noise in load.values("noise")}
-        rates = {0: [c for other in clean if other.title == load.title for c in other.cells], **rates}
+        rates = {0: [c for other in clean if other.settings == load.settings for c in other.cells], **rates}
         rates = {noise: cells for noise, cells in rates.items() if cells}
         for i, (noise, color) in enumerate(zip(rates, plt.cm.cividis(np.linspace(0, 0.85, len(rates))))):
             cells, label = rates[noise], f"{noise:.0%} of labels flipped"
@@ -268,7 +269,7 @@ def sparsity(loads, dense):
     for (top, bottom), load in zip(axes.T, loads):
         series = [(p, w) for p in load.values("pruner") for w in load.values("width")]
         for i, (pruner, width) in enumerate(series):
-            unpruned = [c for other in dense if other.title == load.title for c in other.where(width=width)]
+            unpruned = [c for other in dense if other.settings == load.settings for c in other.where(width=width)]
             cells = load.where(pruner=pruner, width=width)
             if 0 not in [c.sparsity for c in cells]:
                 cells = unpruned + cells
@@ -277,7 +278,7 @@ def sparsity(loads, dense):
             band(top, [c.sparsity or 0 for c in cells], gains, STYLES[i % 6], color, f"width {width}, {pruner}")
             label = f"sparse: width {width}, {pruner}"
             band(bottom, [c.nonzero for c in cells], gains, STYLES[i % 6], color, label)
-        narrow = {c.width: c for other in dense if other.title == load.title for c in other.cells}
+        narrow = {c.width: c for other in dense if other.settings == load.settings for c in other.cells}
         narrow |= {c.width: c for c in load.where(sparsity=0)}
         cells = sorted(narrow.values(), key=lambda c: c.nonzero)
         band(bottom, [c.nonzero for c in cells], [c.gain() for c in cells], "x:", "black", "dense, by width")

@@ -10,9 +10,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 : "${PYTHON:=python3}"
-: "${SEEDS:=0 1 2}" "${RHOS:=0.01 0.02 0.05 0.1 0.2 0.5}" "${FLAGS:=}"
-: "${HIDDEN:=75-25 150-50 300-100 1200-400 3000-1000}" "${FILTERS:=4 8 16 32 64 128 256}" "${NOISE_FILTERS:=4 8 16 32 64}"
-: "${NOISES:=0 0.25 0.5 0.75}" "${SPARSITIES:=0 0.5 0.8 0.9 0.94 0.98}"
+: "${SEEDS=0 1 2}" "${RHOS=0.01 0.02 0.05 0.1 0.2 0.5}" "${FLAGS=}"
+: "${HIDDEN=75-25 150-50 300-100 1200-400 3000-1000}" "${FILTERS=4 8 16 32 64 128 256}" "${NOISE_FILTERS=4 8 16 32 64}"
+: "${NOISES=0.25 0.5 0.75}" "${SPARSITIES=0.5 0.8 0.9 0.94 0.98}"
 
 has() { "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"; }
 python() { "$PYTHON" "$@"; }
@@ -60,7 +60,7 @@ quick() {
 
 job() { # job INDEX COMMAND...: one command, its output on the screen and in logs/; 255 tells xargs to start no more
     local log="$LOGS/$1.log" gpus # xargs numbers its SLOTs from 0: a command takes the GPU of one that has ended
-    gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, - || true)}
+    gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, - || true)}
     if [ -n "$gpus" ]; then
         IFS=, read -ra gpus <<<"$gpus"
         export CUDA_VISIBLE_DEVICES=${gpus[$((${SLOT:-$1} % ${#gpus[@]}))]}
@@ -99,7 +99,8 @@ case "${1:-all}" in
         JOBS=${JOBS:-1}
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + JOBS - 1) / JOBS))}
         # before several commands download at once
-        python -c 'from common import read_dataset; read_dataset("mnist", "data"), read_dataset("cifar10", "data")'
+        [[ $FLAGS = *--data* ]] ||
+            python -c 'from common import read_dataset; read_dataset("mnist", "data"), read_dataset("cifar10", "data")'
         full | sweep results figures
         echo "Figures and summary.md are in figures, the results they come from in results."
         ;;

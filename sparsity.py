@@ -50,10 +50,12 @@ def prune(model, kernels, config, data):
     scores = [w.detach().abs() for w in kernels]
     if config.pruner == "snip":
         images, y = next(batches(data, config, 1, data.train.labels))
+        model.double()  # or rounding chooses, in which devices and kernels differ
         with frozen_bn_stats(model):
-            F.cross_entropy(model(images), y).backward()
+            F.cross_entropy(model(images.double()), y).backward()
         average_gradients(model, len(y))  # of the processes' shares: all prune alike
         scores = [s * w.grad.abs() for s, w in zip(scores, kernels)]
+        model.to(images.dtype)
     return lowest(scores, round(config.sparsity * sum(s.numel() for s in scores)))
 
 

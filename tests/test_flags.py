@@ -75,6 +75,7 @@ CASES = [  # (command line, what the line must name)
     ("resnet_width.py --filters 2 --dataset {tmp}/broken", "broken.png"),
     ("resnet_width.py --filters 2 --dataset {tmp}/sizes", "big.png"),
     ("resnet_width.py --filters 2 --dataset {tmp}/classes", "classes"),
+    ("label_noise.py --filters 2 --dataset {tmp}/one_class", "one_class"),
     ("plot.py --results {tmp}/empty --figures {tmp}/figures", "--results"),
     ("plot.py --results {tmp}/none --figures README.md", "--figures"),
     ("plot.py --colour red", "--colour"),
@@ -88,13 +89,15 @@ def folder(tmp_path_factory):
     (folder / "empty").mkdir()
     raw = shutil.copytree(ROOT / "data" / "mini", folder / "torn") / "MNIST" / "raw" / "train-images-idx3-ubyte"
     raw.write_bytes(raw.read_bytes()[:100_000])
-    for name in ("no_test", "broken", "sizes", "classes"):
+    for name in ("no_test", "broken", "sizes", "classes", "one_class"):
         for part in ("train", "test"):
             for label in "ab":
                 place = folder / name / part / label
                 place.mkdir(parents=True)
                 Image.new("RGB", (32, 32)).save(place / "image.png")
     shutil.rmtree(folder / "no_test" / "test")
+    for part in ("train", "test"):
+        shutil.rmtree(folder / "one_class" / part / "b")
     (folder / "no_classes" / "train").mkdir(parents=True)
     (folder / "no_classes" / "test").mkdir()
     (folder / "broken" / "train" / "a" / "broken.png").write_bytes(b"not an image")

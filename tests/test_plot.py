@@ -60,6 +60,22 @@ def test_runs_with_other_settings_are_not_paired():
     assert sorted(load.title for load in plot.workloads(runs)) == ["mnist, MLP, epochs 1", "mnist, MLP, epochs 2"]
 
 
+def test_clean_and_dense_runs_are_borrowed_from_scripts_with_the_same_settings_only():
+    pair = [result(**more) for more in ({}, {"sam": True, "rho": 0.1})]
+    noisy = [run | {"config": run["config"] | {"script": "label_noise", "noise": 0.5}} for run in pair]
+    other = [run | {"config": run["config"] | {"epochs": 2}} for run in pair]
+    for clean, labels in ((pair, ["0%", "50%"]), (other, ["50%"])):
+        loads = plot.workloads(clean + noisy)
+        figure = plot.label_noise(*([load for load in loads if load.script == s] for s in ("label_noise", "mlp_width")))
+        drawn = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert [text.split()[0] for text in drawn] == labels
+
+
+def test_a_radius_of_zero_is_not_the_best_one():
+    load = one([result(), result(True, 0.0, acc=0.9), result(True, 0.1, acc=0.95)])
+    assert load.cells[0].best == 0.1 and load.cells[0].gain(0.0)[0] == 0
+
+
 def test_a_foreign_file_is_named_and_the_rest_is_drawn(tmp_path):
     folder = tmp_path / "results" / "mlp_width"
     folder.mkdir(parents=True)

@@ -87,6 +87,12 @@ def test_amp_and_compile_train_to_nearly_the_same(folder, tmp_path):
         assert math.isclose(result["train_loss"], first["train_loss"], rel_tol=0.05)
 
 
+def test_without_git_the_commit_is_unknown(tmp_path):
+    argv = [sys.executable, "mlp_width.py", "--hidden", "5-5", *MINI, "--results", str(tmp_path)]
+    subprocess.run(argv, cwd=ROOT, check=True, env={**os.environ, "PATH": ""})
+    assert results(tmp_path)[0]["env"]["commit"] is None
+
+
 def test_a_folder_of_images_is_a_data_set(tmp_path):
     from PIL import Image
 

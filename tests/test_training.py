@@ -175,8 +175,9 @@ def test_masks_remove_exactly_what_was_asked(monkeypatch, tmp_path, pruner, rate
     model = common.build_model(config, data)
     kernels = [p for p in model.parameters() if p.ndim > 1]
     statistics = [b.clone() for b in model.buffers()]
+    weights = [w.clone() for w in kernels]
     masks = sparsity.prune(model, kernels, config, data)
-    assert all(map(torch.equal, statistics, model.buffers()))
+    assert all(map(torch.equal, statistics, model.buffers())) and all(map(torch.equal, weights, kernels))
     removed = [int((~mask).sum()) for mask in masks]
     if pruner == "random":
         assert removed == [round(rate * w.numel()) for w in kernels]
@@ -185,11 +186,21 @@ def test_masks_remove_exactly_what_was_asked(monkeypatch, tmp_path, pruner, rate
     scores = [w.abs() for w in kernels]
     if pruner == "snip":
         images, y = next(batches(data, config, 1, data.train.labels))
-        F.cross_entropy(model(images), y).backward()
+        model.zero_grad()
+        F.cross_entropy(model.double()(images.double()), y).backward()
         scores = [(w * w.grad).abs() for w in kernels]
     if sum(removed):
         gone = max(s[~mask].max() for s, mask in zip(scores, masks) if not mask.all())
         assert gone <= min(s[mask].min() for s, mask in zip(scores, masks) if mask.any())
+
+
+def test_snip_prunes_alike_whatever_kernels_compute_the_gradient(monkeypatch, tmp_path):
+    (config,) = runs(monkeypatch, tmp_path, sparsity, "--filters", 8, "--pruner", "snip")
+    data, found = common.load_data(config), []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = common.build_model(config, data).to(memory_format=memory_format)
+        found.append(sparsity.prune(model, [p for p in model.parameters() if p.ndim > 1], config, data))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("optimizer", [[], ["--sam", "--rho", 0.3], ["--sam", "--rho", 0.3, "--adaptive"]])
