@@ -8,7 +8,7 @@ Only the kernels of linear and convolutional layers are pruned. The dense narrow
 sparse wide ones are those with --sparsity 0, and those of mlp_width.py and resnet_width.py.
 
 A run takes as long as a dense one: masks save no time. In miniature (bash run.sh quick), 600-200 at 90% sparsity
-gains 0.4 points where 75-25, dense, of as many weights, gains none.
+gains 0.4 +- 0.6 points where 75-25, dense, of as many weights, gains -0.7 +- 2.3.
 """
 
 import numpy as np
