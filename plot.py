@@ -179,16 +179,16 @@ GAIN_BAND = "Band: 95% confidence interval of the mean paired difference, SAM mi
 MEAN_BAND = "Band: 95% confidence interval of the mean over seeds."
 
 
-def by_params(ax, ylabel):
+def by_params(ax, ylabel, legend="best"):
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("parameters")
-    finish(ax, ylabel)
+    finish(ax, ylabel, legend)
 
 
-def finish(ax, ylabel):
+def finish(ax, ylabel, legend="best"):
     ax.set_ylabel(ylabel)
     ax.grid(alpha=0.25)
     lines = ax.get_legend_handles_labels()[0]
@@ -197,7 +197,7 @@ def finish(ax, ylabel):
         ax.set_ylim(low - 0.07 * (1 + len(lines) // 2) * (high - low), high)
         ax.legend(fontsize=8, framealpha=0.6, ncols=2, loc="lower left")
     elif lines:
-        ax.legend(fontsize=8, framealpha=0.6)
+        ax.legend(fontsize=8, framealpha=0.6, loc=legend)
 
 
 def gain_by_width(loads):
@@ -210,10 +210,13 @@ def gain_by_width(loads):
             faint.plot(*PAPER[load.dataset, load.model], "x:", color=GREY, alpha=0.7)
             faint.set_ylabel("the paper's, at its scale (points)", color=GREY)
             faint.tick_params(axis="y", colors=GREY)
-            low, high = faint.get_ylim()
-            faint.set_ylim(min(0, low), 1.3 * high)  # the legend above it
+            low, high = ax.get_ylim()
+            high = max(high, -low / 3)
+            scale = 1.1 * max(PAPER[load.dataset, load.model][1]) / high  # one zero for both
+            ax.set_ylim(low, high)
+            faint.set_ylim(scale * low, scale * high)
             ax.plot([], [], "x:", color=GREY, label="the paper's (right axis)")
-        by_params(ax, "gain in test accuracy (points)")
+        by_params(ax, "gain in test accuracy (points)", "lower right")
     return fig
 
 
