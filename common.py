@@ -672,5 +672,5 @@ def main(parser, train):
             if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
                 raise
             fail(f"{config.name}: does not fit into memory; use a smaller width or --batch-size, or another --device")
-    if dist.is_initialized():
+    if torchrun:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What SAM and the scripts' loops cost beside the bare minimum, as ratios of medians: about 2 minutes on 2 cores.
+"""What SAM and the scripts' loops cost beside the bare minimum, as ratios of medians: a minute on 2 cores.
 
     python tests/benchmark.py [--device cuda]
 
