@@ -27,12 +27,12 @@ MINI = "--data-dir data/mini --dataset mnist"
 # one thread: with as many as cores, a busy machine makes each epoch ten times as slow
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
 RUNS = {  # a few seconds each, since checkpoints are a second apart
-    "mlp": f"mlp_width.py {MINI} --hidden 60-20 --epochs 60",
-    "resnet-sam": f"resnet_width.py {MINI} --filters 2 --train-size 200 --batch-size 32 --epochs 5 --sam",
-    "noise-sam": f"label_noise.py {MINI} --hidden 60-20 --noise 0.5 --val-size 500 --epochs 30 --sam --rho 0.1",
-    "sparsity-sam": f"sparsity.py {MINI} --hidden 60-20 --pruner snip --sparsity 0.9 --epochs 30 --sam",
-    "mlp-sam": f"mlp_width.py {MINI} --hidden 60-20 --epochs 30 --sam --adaptive --seed 1",
-    "resnet": f"resnet_width.py {MINI} --filters 2 --train-size 200 --batch-size 32 --epochs 5",
+    "mlp": f"mlp_width.py {MINI} --hidden 60-20 --epochs 150",
+    "resnet-sam": f"resnet_width.py {MINI} --filters 2 --train-size 200 --batch-size 32 --epochs 8 --sam",
+    "noise-sam": f"label_noise.py {MINI} --hidden 60-20 --noise 0.5 --val-size 500 --epochs 100 --sam --rho 0.1",
+    "sparsity-sam": f"sparsity.py {MINI} --hidden 60-20 --pruner snip --sparsity 0.9 --epochs 80 --sam",
+    "mlp-sam": f"mlp_width.py {MINI} --hidden 60-20 --epochs 100 --sam --adaptive --seed 1",
+    "resnet": f"resnet_width.py {MINI} --filters 2 --train-size 200 --batch-size 32 --epochs 8",
 }
 KILLS = int(os.environ.get("KILLS", 4))
 SHARE = {run: KILLS // len(RUNS) + (i < KILLS % len(RUNS)) for i, run in enumerate(RUNS)}
