@@ -331,8 +331,8 @@ def set_learning_rate(config, optimizer, step, steps):
 
 def score(logits, *labels):
     """Sums over (N, classes) logits: of the cross-entropy with the first labels (N,), and of the hits on each."""
-    hits = [(logits.argmax(1) == y).sum() for y in labels]
-    return torch.stack([F.cross_entropy(logits, labels[0], reduction="sum"), *hits])
+    guess = logits.argmax(1)
+    return torch.stack([F.cross_entropy(logits, labels[0], reduction="sum"), *((guess == y).sum() for y in labels)])
 
 
 @torch.inference_mode()

@@ -136,6 +136,10 @@ class Workload:
     def where(self, **values):
         return [c for c in self.cells if all(getattr(c, k) == v for k, v in values.items())]
 
+    def alike(self, others):
+        """The cells of the workloads among others that have this one's settings."""
+        return [c for other in others if other.settings == self.settings for c in other.cells]
+
     def values(self, name):
         return sorted({getattr(c, name) for c in self.cells})
 
@@ -253,7 +257,7 @@ def label_noise(loads, clean):
     )
     for (top, bottom), load in zip(axes.T, loads):
         rates = {noise: load.where(noise=noise) for noise in load.values("noise")}
-        rates = {0: [c for other in clean if other.settings == load.settings for c in other.cells], **rates}
+        rates = {0: load.alike(clean), **rates}
         rates = {noise: cells for noise, cells in rates.items() if cells}
         for i, (noise, color) in enumerate(zip(rates, plt.cm.cividis(np.linspace(0, 0.85, len(rates))))):
             cells, label = rates[noise], f"{noise:.0%} of labels flipped"
@@ -272,7 +276,7 @@ def sparsity(loads, dense):
     for (top, bottom), load in zip(axes.T, loads):
         series = [(p, w) for p in load.values("pruner") for w in load.values("width")]
         for i, (pruner, width) in enumerate(series):
-            unpruned = [c for other in dense if other.settings == load.settings for c in other.where(width=width)]
+            unpruned = [c for c in load.alike(dense) if c.width == width]
             cells = load.where(pruner=pruner, width=width)
             if 0 not in [c.sparsity for c in cells]:
                 cells = unpruned + cells
@@ -281,7 +285,7 @@ def sparsity(loads, dense):
             band(top, [c.sparsity or 0 for c in cells], gains, STYLES[i % 6], color, f"width {width}, {pruner}")
             label = f"sparse: width {width}, {pruner}"
             band(bottom, [c.nonzero for c in cells], gains, STYLES[i % 6], color, label)
-        narrow = {c.width: c for other in dense if other.settings == load.settings for c in other.cells}
+        narrow = {c.width: c for c in load.alike(dense)}
         narrow |= {c.width: c for c in load.where(sparsity=0)}
         cells = sorted(narrow.values(), key=lambda c: c.nonzero)
         band(bottom, [c.nonzero for c in cells], [c.gain() for c in cells], "x:", "black", "dense, by width")

@@ -34,7 +34,7 @@ both() { # both COMMAND: one line for SGD, one for SAM at every radius
     echo "$* --sam --rho $RHOS"
 }
 
-full() {
+full() { # noise 0 and sparsity 0 are the runs of mlp_width.py and resnet_width.py: plot.py takes them from there
     for h in $HIDDEN; do both python mlp_width.py --hidden "$h" --seed $SEEDS $FLAGS; done
     for k in $FILTERS; do both python resnet_width.py --filters "$k" --seed $SEEDS $FLAGS; done
     for h in $HIDDEN; do both python label_noise.py --hidden "$h" --noise $NOISES --seed $SEEDS $FLAGS; done
@@ -72,8 +72,9 @@ job() { # job INDEX COMMAND...: one command, its output on the screen and in log
 sweep() { # sweep RESULTS FIGURES: runs the commands on standard input, JOBS at a time, then draws
     export LOGS=$1/logs
     mkdir -p "$LOGS"
-    [[ $(xargs --help </dev/null 2>&1) != *process-slot* ]] || set -- "$@" --process-slot-var=SLOT # only GNU's has it
-    nl -ba | xargs "${@:3}" -P "$JOBS" -L 1 bash run.sh job ||
+    local slots=
+    [[ $(xargs --help </dev/null 2>&1) != *process-slot* ]] || slots=--process-slot-var=SLOT # only GNU's has it
+    nl -ba | xargs $slots -P "$JOBS" -L 1 bash run.sh job ||
         { echo "run.sh: stopped; the finished runs are kept: the same command goes on from them" >&2; exit 1; }
     python plot.py --results "$1" --figures "$2"
 }
