@@ -1,7 +1,7 @@
-"""What the four experiment scripts share: SAM, the two models, data on the device, flags and result files.
+"""What the four experiment scripts share: SAM, the models, data on the device, measurements, flags and result files.
 
 In this order: `SAM` (needs nothing but `import torch`: copy it out), `frozen_bn_stats`, `MLP`, `ResNet18`, data and
-batches, learning rate and evaluation, several processes, flags, and a run's way to disk.
+batches, loss, learning rate and evaluation, sharpness, several processes, flags, and a run's way to disk.
 
 "The paper" is Shin, Lee, Andriushchenko, Lee: "Critical Influence of Overparameterization on Sharpness-aware
 Minimization", UAI 2025, arXiv 2311.17539. SAM is Foret et al., ICLR 2021; its adaptive form Kwon et al., ICML 2021.
@@ -10,19 +10,25 @@ Minimization", UAI 2025, arXiv 2311.17539. SAM is Foret et al., ICLR 2021; its a
 import argparse
 import contextlib
 import ctypes
+import datetime
 import functools
+import gc
+import glob
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
+import secrets
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -56,13 +62,14 @@ class SAM:
             raise RuntimeError("the weights are perturbed already: call step() or restore() first")
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if params:
-            grads = [p.grad for p in params]
+            grads = [p.grad.to(torch.promote_types(p.dtype, torch.float32)) for p in params]  # float16 overflows
             scaled = torch._foreach_mul(grads, params) if self.adaptive else grads
             norms = [norm.to(params[0].device) for norm in torch._foreach_norm(scaled)]
             scale = self.rho / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-12)
             if self.adaptive:
                 torch._foreach_mul_(scaled, params)
-            self.copies.update((p, torch.empty_like(p)) for p in params if p not in self.copies)
+            same = {p for p, copy in self.copies.items() if (copy.dtype, copy.device) == (p.dtype, p.device)}
+            self.copies.update((p, torch.empty_like(p)) for p in params if p not in same)
             torch._foreach_copy_([self.copies[p] for p in params], params)
             self.perturbed = params
             torch._foreach_addcmul_(params, scaled, [scale.to(p.device) for p in params])
@@ -72,7 +79,7 @@ class SAM:
     def restore(self):
         if self.perturbed:
             torch._foreach_copy_(self.perturbed, [self.copies[p] for p in self.perturbed])
-            self.perturbed = []
+        self.perturbed = []
 
     def step(self, closure=None):
         """Restores w and steps; with a closure (clear, backward, return the loss), all of it; returns the loss at w."""
@@ -148,106 +155,158 @@ def ResNet18(filters=64, channels=3, classes=10):
     return lecun_normal_(nn.Sequential(*layers))
 
 
-DATASETS = {name.lower(): name for name in ("MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100", "SVHN")}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10's channels
 
 
 class Split(NamedTuple):
-    images: torch.Tensor  # (N, C, H, W) uint8
-    labels: torch.Tensor  # (N,) int64
+    inputs: torch.Tensor  # (N, C, H, W) uint8 images, or floats of any shape, which the model gets as they are
+    targets: torch.Tensor  # (N,) int64 labels, or (N, D) floats
+
+    def select(self, indices):
+        """Yields the inputs of each tensor of indices."""
+        for index in indices:
+            yield self.inputs.index_select(0, index)  # 15 times as fast as [] on a CPU
 
 
 class Data(NamedTuple):
     train: Split
     val: Split
     test: Split
-    classes: int
+    shape: tuple  # of one input
+    outputs: int  # the number of classes, or of the numbers that a target has
     augment: bool  # crop and flip the training images
 
 
-def torchvision_split(name, root, train):
+@functools.lru_cache(maxsize=1)
+def read_torchvision(name, data_dir):
+    """torchvision's data set as ((images, labels), (test images, test labels)) in CPU memory, downloaded if need be."""
     from torchvision import datasets
 
-    which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
-    data = getattr(datasets, DATASETS[name])(root, download=True, **which)
-    images = torch.as_tensor(data.data)
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.shape[3] == 3:
-        images = images.permute(0, 3, 1, 2)
-    return images, torch.as_tensor(data.labels if name == "svhn" else data.targets)
+    def read(train):
+        which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
+        data = getattr(datasets, TORCHVISION[name])(data_dir, download=True, **which)
+        images = torch.as_tensor(data.data)
+        if images.ndim == 3:
+            images = images[:, None]
+        elif images.shape[3] == 3:
+            images = images.permute(0, 3, 1, 2)
+        return images, torch.as_tensor(data.labels if name == "svhn" else data.targets)
+
+    try:
+        with main_process_first():  # only one downloads
+            return read(True), read(False)
+    except Exception as error:  # torchvision raises all kinds: network, checksum, torn file, missing package
+        exit_with_error(
+            f"--dataset {name}: could not be read from --data-dir {data_dir}, nor downloaded to it; "
+            f"remove damaged files there or put whole ones in their place ({type(error).__name__}: {error})"
+        )
 
 
-def folder_split(root, train):
-    """Images and labels of a folder of class folders, in one fixed shuffled order, so that a part has every class."""
+TORCHVISION = {name.lower(): name for name in ("MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100", "SVHN")}
+# Name -> function of the run's config that returns ((inputs, targets), (test inputs, test targets)), CPU tensors as
+# Split has them. A script adds data sets of its own here, before it calls flags().
+DATASETS = {name: lambda config: read_torchvision(config.dataset, config.data_dir) for name in TORCHVISION}
+
+
+def open_image(path):
+    """The file's image, 8 bits deep: of mode L where it is grey, else RGB."""
     from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
+                values = np.asarray(image)
+                if values.min() < 0 or values.max() >= 2**16:
+                    raise ValueError("its values don't fit into 16 bits")
+                image = Image.fromarray((values >> 8).astype(np.uint8))
+            elif image.mode == "F":
+                raise ValueError("its values are floats, of no known range")
+            elif image.mode == "P":
+                image = image.convert("RGBA")  # or a transparent palette raises a warning
+            return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises all kinds over broken files
+        exit_with_error(f"{path}: is not an image that can be read; replace or remove it ({error})")
+
+
+def image_folder(root, train):
+    """torchvision's ImageFolder of root's train/, or test/ or val/, in one fixed shuffled order of its (path, label)s.
+
+    Shuffled so that the first N images, and the last N, have every class.
+    """
     from torchvision.datasets import ImageFolder
 
     names = ["train"] if train else ["test", "val"]
-    folder = next((Path(root, n) for n in names if Path(root, n).is_dir()), None)
+    folder = next((Path(root, name) for name in names if Path(root, name).is_dir()), None)
     if folder is None:
-        fail(f"--dataset {root}: has no folder {' or '.join(names)}, with a folder of images for each class")
+        exit_with_error(f"--dataset {root}: has no folder {' or '.join(names)}, with a folder of images for each class")
     try:
         data = ImageFolder(folder)
     except FileNotFoundError as error:  # no class folders, or one without images
-        fail(f"--dataset {root}: {error}")
-    order = np.random.default_rng(0).permutation(len(data.samples))
-    images = []
-    for path, _ in (data.samples[i] for i in tqdm(order, f"reading {folder}", disable=None, leave=False)):
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-        except OSError as error:
-            fail(f"{path}: is not a whole image; replace or remove it ({error})")
-        images.append(pixels.reshape(*pixels.shape[:2], -1))
-        if images[-1].shape != images[0].shape:
-            fail(f"{path}: is {images[-1].shape}, the first image {images[0].shape} (H, W, C); make them alike")
-    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return images, torch.tensor(data.targets)[order], data.classes
+        exit_with_error(f"--dataset {root}: {error}")
+    if len(data.classes) < 2:
+        exit_with_error(f"--dataset {root}: has one class of images, but needs two or more")
+    data.samples = [data.samples[i] for i in np.random.default_rng(0).permutation(len(data.samples))]
+    return data
 
 
 @functools.lru_cache(maxsize=1)
-def read_dataset(dataset, data_dir):
-    """The training and test sets, whole and in CPU memory, of a name in DATASETS or a folder of images."""
-    if dataset not in DATASETS:
-        if not Path(dataset).is_dir():
-            fail(f"--dataset {dataset}: neither a folder of images nor one of {', '.join(DATASETS)}")
-        *train, names = folder_split(dataset, True)
-        *test, test_names = folder_split(dataset, False)
-        if names != test_names or train[0].shape[1:] != test[0].shape[1:]:
-            fail(f"--dataset {dataset}: its training and test images differ in classes, size or channels")
-        if len(names) < 2:
-            fail(f"--dataset {dataset}: has one class of images, but needs two or more")
-        return train, test, len(names)
-    try:
-        train, test = (torchvision_split(dataset, data_dir, train) for train in (True, False))
-    except Exception as error:  # torchvision raises all kinds: network, checksum, torn file, missing package
-        fail(
-            f"--dataset {dataset}: could not be read from --data-dir {data_dir}, nor downloaded to it; "
-            f"remove damaged files there or put whole ones in their place ({type(error).__name__}: {error})"
-        )
-    return train, test, int(train[1].max()) + 1
+def read_folder(root):
+    """The images of a folder of class folders, all of one size, as read_torchvision returns them."""
+
+    def read(data):
+        images = []
+        for path, _ in tqdm(data.samples, f"reading {data.root}", disable=None, leave=False):
+            pixels = np.asarray(open_image(path))
+            images.append(pixels.reshape(*pixels.shape[:2], -1))
+            if images[-1].shape != images[0].shape:
+                shapes = f"{images[-1].shape}, the first image {images[0].shape} (H, W, C)"
+                exit_with_error(f"{path}: is {shapes}; make them alike, or give --image-size to resnet_width.py")
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor([y for _, y in data.samples])
+
+    train, test = (image_folder(root, train) for train in (True, False))
+    if train.classes != test.classes:
+        exit_with_error(f"--dataset {root}: its training and test images differ in classes")
+    train, test = read(train), read(test)
+    if train[0].shape[1:] != test[0].shape[1:]:
+        exit_with_error(f"--dataset {root}: its training and test images differ in size or channels")
+    return train, test
+
+
+def split_sizes(config, images):
+    """(How many of the first training images are trained on, from which one on they are held out)."""
+    rest = images - config.val_size
+    size = config.train_size or rest
+    if not 1 <= size <= rest:
+        exit_with_error(f"--train-size, --val-size: {config.dataset} has {images} training images, too few for these")
+    if config.sharpness > size:
+        exit_with_error(f"--sharpness {config.sharpness}: is more than the {size} training images")
+    if config.batch_size < config.processes or 0 < size % config.batch_size < config.processes:
+        exit_with_error(f"--batch-size {config.batch_size}: leaves a batch of fewer images than there are processes")
+    return size, rest
 
 
 def load_data(config):
     """The run's Data on its device: the last val_size training images held out, the first train_size of the rest."""
-    *splits, classes = read_dataset(config.dataset, config.data_dir)
-    (images, labels), test = splits
-    rest = len(labels) - config.val_size
-    size = config.train_size or rest
-    if not 1 <= size <= rest:
-        fail(f"--train-size, --val-size: {config.dataset} has {len(labels)} training images, too few for these")
-    if 0 < size % config.batch_size < processes()[1]:
-        fail(f"--batch-size {config.batch_size}: leaves a last batch of fewer images than there are processes")
-    gaps = [max(32 - side, 0) if config.filters else 0 for side in (images.shape[3], images.shape[2])]
+    if config.dataset not in DATASETS and not Path(config.dataset).is_dir():
+        exit_with_error(f"--dataset {config.dataset}: neither a folder of images nor one of {', '.join(DATASETS)}")
+    is_folder = config.dataset not in DATASETS
+    (inputs, targets), test = read_folder(config.dataset) if is_folder else DATASETS[config.dataset](config)
+    size, rest = split_sizes(config, len(targets))
+    if targets.is_floating_point() and config.loss != "mse":
+        exit_with_error(f"--loss {config.loss}: the targets of {config.dataset} are numbers, which need --loss mse")
 
-    def split(images, labels):
-        images = F.pad(images, [pad for gap in gaps for pad in (gap // 2, gap - gap // 2)])
-        return Split(images.to(config.device).contiguous(), labels.to(config.device))
+    def split(inputs, targets):
+        if config.filters and inputs.dtype == torch.uint8:  # a ResNet takes 32 x 32 or more
+            gaps = [max(32 - side, 0) for side in (inputs.shape[3], inputs.shape[2])]
+            inputs = F.pad(inputs, [pad for gap in gaps for pad in (gap // 2, gap - gap // 2)])
+        return Split(inputs.to(config.device).contiguous(), targets.to(config.device))
 
-    augment = config.dataset.startswith("cifar") or config.dataset not in DATASETS
-    train, val = split(images[:size], labels[:size]), split(images[rest:], labels[rest:])
-    return Data(train, val, split(*test), classes, augment)
+    train, val = split(inputs[:size], targets[:size]), split(inputs[rest:], targets[rest:])
+    augment = is_folder or config.dataset.startswith("cifar")
+    outputs = targets.shape[1] if targets.is_floating_point() else int(targets.max()) + 1
+    return Data(train, val, split(*test), train.inputs.shape[1:], outputs, augment)
 
 
 def crop_and_flip(images, moves, pad=4):
@@ -270,77 +329,249 @@ def channel_stats(device, dtype):
     return [torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1) for values in (MEAN, STD)]
 
 
-def normalize(images):
+def normalize(inputs):
     """uint8 images as the models take them: x / 255, and for three channels CIFAR-10's mean and deviation."""
-    x = images / 255
-    if images.shape[1] == 3:
+    if inputs.dtype != torch.uint8:
+        return inputs
+    x = inputs / 255
+    if inputs.shape[1] == 3:
         mean, std = channel_stats(x.device, x.dtype)
         x = (x - mean) / std
     return x
 
 
-def batches(data, config, epoch, *labels):
-    """Yields an epoch's training batches: normalized images, and their rows of each tensor in `labels`.
+def batches(data, config, epoch, *targets):
+    """Yields an epoch's training batches: the inputs, and their rows of each tensor in `targets` (data.train's own).
 
     Order and augmentation are functions of (seed, epoch) alone. Under torchrun each process gets its share.
     """
-    rng, n = np.random.default_rng((config.seed, epoch)), len(data.train.labels)
+    rng, n = np.random.default_rng((config.seed, epoch)), len(data.train.targets)
     order = torch.from_numpy(rng.permutation(n)).to(config.device)
-    labels = [tensor[order] for tensor in labels]
+    targets = [tensor[order] for tensor in targets or [data.train.targets]]
     if data.augment:
         moves = torch.from_numpy(rng.integers(0, (9, 9, 2), (n, 3))).to(config.device)
     rank, world = processes()
-    for start in range(0, n, config.batch_size):
-        share = slice(start + rank, min(start + config.batch_size, n), world)
-        images = data.train.images.index_select(0, order[share])  # 15 times as fast as [] on a CPU
+    starts = range(0, n, config.batch_size)
+    shares = [slice(start + rank, min(start + config.batch_size, n), world) for start in starts]
+    for share, inputs in zip(shares, data.train.select(order[share] for share in shares)):
         if data.augment:
-            images = crop_and_flip(images, moves[share])
-        yield normalize(images), *(tensor[share] for tensor in labels)
+            inputs = crop_and_flip(inputs, moves[share])
+        yield normalize(inputs), *(tensor[share] for tensor in targets)
 
 
 def build_model(config, data):
-    """The run's network on its device, the same initial weights for every optimizer and device at one seed."""
+    """The network that --hidden or --filters asks for, its initial weights a function of the seed alone."""
     torch.manual_seed(config.seed)
-    channels, height, width = data.train.images.shape[1:]
     if config.filters:
-        model = ResNet18(config.filters, channels, data.classes)
-    else:
-        model = MLP(map(int, config.hidden.split("-")), channels * height * width, data.classes)
+        return prepare(ResNet18(config.filters, data.shape[0], data.outputs), config)
+    return prepare(MLP(map(int, config.hidden.split("-")), math.prod(data.shape), data.outputs), config)
+
+
+def prepare(model, config):
+    """A model on the run's device, in the memory format that suits it, with --amp and --compile as asked."""
     model = model.to(config.device)
     if "cuda" in config.device:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not config.fp32
         torch.backends.cudnn.benchmark = True
-        if config.filters:
-            model = model.to(memory_format=torch.channels_last)
+    filters = next((len(p) for p in model.parameters() if p.ndim == 4), 0)
+    if filters and ("cuda" in config.device or filters >= 8):  # on a CPU it is slower for fewer
+        model = model.to(memory_format=torch.channels_last)
     if config.amp:
         model.forward = torch.autocast(torch.device(config.device).type, torch.bfloat16)(model.forward)
-        model.register_forward_hook(lambda model, images, logits: logits.float())
+        model.register_forward_hook(lambda model, inputs, outputs: outputs.float())
     if config.compile:
         torch.compiler.reset()  # or the graphs of a sweep's earlier runs exhaust its limit
         model.compile()
     return model
 
 
-def set_learning_rate(config, optimizer, step, steps):
-    """Divides the rate by 10 from each of the model's milestones on; step counts updates, from 0, of `steps` in all."""
-    milestones = (0.5, 0.75) if config.filters else (0.25, 0.5, 0.75)
-    lr = config.lr * 0.1 ** sum(step >= int(fraction * steps) for fraction in milestones)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def squared_error(outputs, targets):
+    """Summed over the outputs, mean over the batch; labels (B,) count as one-hot rows."""
+    if not targets.is_floating_point():
+        targets = targets[:, None] == torch.arange(outputs.shape[1], device=outputs.device)
+    return ((outputs - targets.to(outputs.dtype)) ** 2).sum(1).mean()
 
 
-def score(logits, *labels):
-    """Sums over (N, classes) logits: of the cross-entropy with the first labels (N,), and of the hits on each."""
-    guess = logits.argmax(1)
-    return torch.stack([F.cross_entropy(logits, labels[0], reduction="sum"), *((guess == y).sum() for y in labels)])
+LOSSES = {"ce": F.cross_entropy, "mse": squared_error}
+
+
+def learning_rate(config, step, steps_per_epoch):
+    """Of update `step`, from 0: linear warm-up to config.lr, then the schedule's course."""
+    steps = config.epochs * steps_per_epoch
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * (step - config.warmup) / (steps - config.warmup))) / 2
+    if config.schedule == "step":
+        return config.lr * 0.1 ** sum(step >= int(fraction * steps) for fraction in config.milestones)
+    return config.lr
+
+
+class Scores:
+    """Mean loss and accuracies over an epoch's batches, or over a data set, without a wait for the device on the way.
+
+    Batches are kept and scored a few dozen at a time, which costs a small network a fifth of scoring each.
+    """
+
+    def __init__(self, loss_fn):
+        self.loss_fn, self.kept, self.sums, self.count = loss_fn, [], 0, 0
+
+    def add(self, outputs, *targets):
+        """A batch's outputs (B, D); the loss is that of the first targets (B, ...), the accuracies of each labels."""
+        self.kept.append((outputs.detach(), *targets))
+        if len(self.kept) == 64:
+            self.reduce()
+
+    def reduce(self):
+        outputs, *targets = map(torch.cat, zip(*self.kept))
+        guesses = outputs.argmax(1)
+        hits = [(guesses == y).sum() for y in targets if not y.is_floating_point()]
+        self.sums = self.sums + torch.stack([self.loss_fn(outputs, targets[0]) * len(outputs), *hits])
+        self.count, self.kept = self.count + len(outputs), []
+
+    def means(self, *names):
+        """{name: mean}, the loss first, over all processes; accuracies only where targets are labels."""
+        if self.kept:
+            self.reduce()
+        sums = torch.cat([self.sums, self.sums.new_tensor([self.count])])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        *sums, count = sums.tolist()
+        return {name: total / count for name, total in zip(names, sums)}
 
 
 @torch.inference_mode()
-def evaluate(model, split, batch_size=1000):
-    """Mean cross-entropy and accuracy of the model in eval mode."""
+def evaluate(model, loss_fn, split, name, batch_size=1000):
+    """{name_loss, name_acc} of the model in eval mode, each process scoring its share; {} of an empty split."""
+    if not len(split.targets):
+        return {}
     model.eval()
-    logits = torch.cat([model(normalize(images)) for images in split.images.split(batch_size)])
-    return [total / len(split.labels) for total in score(logits, split.labels).tolist()]
+    scores = Scores(loss_fn)
+    rank, world = processes()
+    rows = torch.arange(rank, len(split.targets), world, device=split.targets.device).split(batch_size)
+    for index, inputs in zip(rows, split.select(rows)):
+        scores.add(model(normalize(inputs)), split.targets[index])
+    return scores.means(f"{name}_loss", f"{name}_acc")
+
+
+def last_layer(model):
+    """The parameters of the last module that has any."""
+    return [list(m.parameters()) for m in model.modules() if list(m.parameters(recurse=False))][-1]
+
+
+def last_layer_share(model):
+    """The last layer's share of |g|^2, a tensor, 0 where g is 0."""
+    last = last_layer(model)
+    others = [p for p in model.parameters() if all(p is not q for q in last)]
+    grads = [[p.grad for p in group if p.grad is not None] for group in (others, last)]
+    squares = torch.stack(torch._foreach_norm(grads[0] + grads[1])) ** 2
+    return squares[len(grads[0]) :].sum() / squares.sum().clamp(min=1e-38)
+
+
+def drop_gradients(model, perturb):
+    """Clears the gradients of the parameters that SAM is not to perturb: --perturb last or rest."""
+    if perturb != "all":
+        last = set(last_layer(model))
+        for p in model.parameters():
+            if (p in last) != (perturb == "last"):
+                p.grad = None
+
+
+def largest_eigenpair(product, vector, tolerance=1e-4, basis=24, restarts=40):
+    """Largest eigenvalue of a symmetric matrix, known by `product` (n,) -> (n,), and |Av - cv| / |c| of its vector.
+
+    Lanczos iteration from `vector`, orthogonalized in full, restarted from its best vector until the residual is small.
+    """
+    for _ in range(restarts):
+        vectors, images = [vector / vector.norm()], []
+        while True:
+            images.append(product(vectors[-1]))
+            new = images[-1]
+            for _ in range(2):  # once leaves rounding errors that grow
+                for v in vectors:
+                    new = new - (v @ new) * v
+            if len(images) == min(basis, len(vector)) or new.norm() <= 1e-6 * images[-1].norm():
+                break
+            vectors.append(new / new.norm())
+        span, mapped = torch.stack(vectors), torch.stack(images)
+        projected = (span @ mapped.T).double()
+        values, combinations = torch.linalg.eigh((projected + projected.T) / 2)
+        value, combination = values[-1].item(), combinations[:, -1].to(span.dtype)
+        vector, image = combination @ span, combination @ mapped
+        residual = (image - value * vector).norm().item() / max(abs(value), 1e-30)
+        if residual <= tolerance:
+            break
+    return value, residual
+
+
+def sharpness(model, loss, images, targets, masks=None, probes=100):
+    """Curvature of the mean of loss(model(images), targets) at the model's weights, in eval mode; moves nothing.
+
+    loss: the mean over its batch, of (B, D) outputs and (B, ...) targets. masks: for each parameter a tensor like it, 0
+    where a weight is pruned, or None; pruned directions do not count. A dict of numbers, of Section 6 of the paper:
+    `images`, how many; `lambda_max`, the Hessian's largest eigenvalue, and `trace`; `s2`, the root of the largest
+    eigenvalue of mean_i H_i^2 - H^2 over the images' Hessians; `*_residual`, |Av - cv| / |c| of the eigenvector found;
+    `trace_se`, the standard error over random probes, 0 where the network is so small that the trace is computed whole.
+    """
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    sizes = [w.numel() for w in weights.values()]
+    masks = [torch.ones_like(w) if m is None else m for w, m in zip(weights.values(), masks or [None] * len(weights))]
+    mask = torch.cat([m.flatten() for m in masks])
+
+    def hessian_product(vector, x, y):
+        def loss_at(weights):
+            return loss(torch.func.functional_call(model, weights, (x,)), y)
+
+        parts = (mask * vector).split(sizes)
+        tangents = {name: part.view_as(w) for (name, w), part in zip(weights.items(), parts)}
+        _, product = torch.func.jvp(torch.func.grad(loss_at), (weights,), (tangents,))
+        return mask * torch.cat([p.flatten() for p in product.values()])
+
+    def mean(product, chunk):
+        return sum(product(x, y) for x, y in zip(images.split(chunk), targets.split(chunk))) / len(images)
+
+    def product(v):
+        return mean(lambda x, y: len(x) * hessian_product(v, x, y), 250)
+
+    def spread_product(v):
+        def squared(x, y):
+            return hessian_product(hessian_product(v, x[None], y[None]), x[None], y[None])
+
+        squares = mean(lambda x, y: torch.vmap(squared)(x, y).sum(0), max(1, min(64, 2**23 // len(mask))))
+        return squares - product(product(v))
+
+    training = model.training
+    model.eval()
+    try:
+        rng = torch.Generator().manual_seed(0)
+        start = mask * torch.randn(len(mask), generator=rng).to(mask)
+        value, residual = largest_eigenpair(product, start)
+        spread, spread_residual = largest_eigenpair(spread_product, start)
+        exact = len(mask) <= 4096
+        signs = (2.0 * torch.randint(2, (len(mask),), generator=rng) - 1 for _ in range(probes))
+        traces = torch.stack([v @ product(v) for v in (v.to(mask) for v in (torch.eye(len(mask)) if exact else signs))])
+    finally:
+        model.train(training)
+    return {
+        "images": len(images),
+        "lambda_max": value,
+        "lambda_max_residual": residual,
+        "trace": (traces.sum() if exact else traces.mean()).item(),
+        "trace_se": 0.0 if exact else traces.std().item() / len(traces) ** 0.5,
+        "s2": max(spread, 0) ** 0.5,
+        "s2_residual": spread_residual,
+    }
+
+
+def measure_sharpness(config, model, loss_fn, split, targets, masks=None):
+    """`sharpness` of the run's own loss on its first --sharpness training images; None where it is not asked for."""
+    if not config.sharpness or not is_main():
+        return None
+    vars(model).pop("forward", None)  # without --amp
+    model._compiled_call_impl = None  # and --compile: second derivatives fail under it, or are wrong
+    first = torch.arange(config.sharpness, device=targets.device)
+    (inputs,) = split.select([first])
+    return sharpness(model, loss_fn, normalize(inputs), targets[first], masks)
 
 
 def processes():
@@ -352,28 +583,83 @@ def is_main():
     return processes()[0] == 0
 
 
-def average_gradients(model, size):
-    """Under torchrun, each gradient's mean over the batch, of which this process had `size` images; alone, nothing."""
+@contextlib.contextmanager
+def main_process_first():
+    """Others wait until the main process has been through."""
+    if dist.is_initialized() and not is_main():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_main():
+        dist.barrier()
+
+
+def from_main(value):
+    """The main process's value."""
+    box = [value]
     if dist.is_initialized():
-        grads = [p.grad for p in model.parameters()]
-        flat = torch.cat([g.flatten() for g in grads] + [grads[0].new_ones(1)]) * size
-        dist.all_reduce(flat)
-        for grad, mean in zip(grads, (flat[:-1] / flat[-1]).split([g.numel() for g in grads])):
-            grad.copy_(mean.view_as(grad))
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
-def fail(message):
-    """Ends the program over something the user can mend: one line on stderr, exit status 2."""
+def average_gradients(model, size):
+    """Makes each gradient its mean over the batch, of which this process had `size` images."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads] + [grads[0].new_ones(1)]) * size
+    dist.all_reduce(flat)
+    for grad, mean in zip(grads, (flat[:-1] / flat[-1]).split([g.numel() for g in grads])):
+        grad.copy_(mean.view_as(grad))
+
+
+def average(value):
+    """The mean over processes of a scalar tensor, as a number."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value.item() / processes()[1]
+
+
+def broadcast_buffers(model):
+    """Makes BatchNorm's running statistics those of the main process."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
+def require_same_everywhere(runs):
+    """Ends the program where processes were given different runs, or results folders that are not one and the same."""
+    token = from_main(secrets.token_hex(8))
+    probe = Path(runs[0].results, f".{token}")
+    if is_main():
+        write(probe, lambda file: None)
+    dist.barrier()
+    told = [None] * processes()[1]
+    dist.all_gather_object(told, ([training_settings(vars(config)) for config in runs], probe.exists()))
+    if is_main():
+        probe.unlink()
+        if any(settings != told[0][0] for settings, _ in told):
+            complain("the processes were given different flags; start them all with the same command")
+        elif not all(seen for _, seen in told):
+            complain(f"--results {runs[0].results}: is not one folder for all processes; name one that they share")
+    dist.barrier()
+    if told != told[:1] * len(told):
+        sys.exit(2)
+
+
+def complain(message):
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def exit_with_error(message):
+    """Ends the program over something the user can mend: one line on stderr, exit status 2."""
+    if dist.is_initialized() or os.environ.get("RANK", "0") == "0":  # until then all processes say the same
+        complain(message)
     sys.exit(2)
 
 
-def note(message):
+def warn(message):
     if is_main():
         tqdm.write(message, file=sys.stderr)
 
 
-def number(kind, low, high=math.inf, below=False):
+def bounded_number(kind, low, high=math.inf, below=False):
     """An argparse type: a finite int or float from low to high, or below high."""
 
     def parse(text):
@@ -387,133 +673,189 @@ def number(kind, low, high=math.inf, below=False):
     return parse
 
 
-def widths(text):
-    if not re.fullmatch(r"[1-9]\d{0,8}-[1-9]\d{0,8}", text):
-        raise argparse.ArgumentTypeError(f"{text} must be two widths, as in 300-100")
+def hidden_layers(text):
+    if not re.fullmatch(r"[1-9]\d{0,8}(-[1-9]\d{0,8})*", text):
+        raise argparse.ArgumentTypeError(f"{text} must be widths of one or more layers, as in 100 or 300-100")
     return text
 
 
-PAPER = {  # the defaults that depend on the model
-    "hidden": {"dataset": "mnist", "epochs": 100, "weight_decay": 1e-4},
-    "filters": {"dataset": "cifar10", "epochs": 200, "weight_decay": 5e-4},
-}
+def flags(doc, settings, *models):
+    """The parser of the flags that all scripts share.
 
-
-def flags(doc, hidden=None, filters=None):
-    """The parser of the flags that all scripts share, its widths at these defaults; without any, one must be given."""
+    settings: name -> {flag: default} of the script's workloads, for the help; main() is told which one a run has.
+    models: "hidden", "filters" or both: the flags of the widths, of which, where both are named, one must be given.
+    """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (--help lists the flags)")
-    both = not hidden and not filters
-    group = parser.add_mutually_exclusive_group(required=True) if both else parser
-    if hidden or both:
-        text = "widths of the MLP's hidden layers"
-        group.add_argument("--hidden", type=widths, nargs="+", default=hidden, metavar="H1-H2", help=text)
-    if filters or both:
-        text = "filters of ResNet-18's first stage"
-        group.add_argument("--filters", type=number(int, 1, 10**6), nargs="+", default=filters, metavar="K", help=text)
+    parser.error = lambda message: exit_with_error(f"{message} (--help lists the flags)")
+    group = parser.add_mutually_exclusive_group(required=True) if len(models) > 1 else parser
+    for flag, kind, default, metavar, text in (
+        ("hidden", hidden_layers, "300-100", "H[-H...]", "widths of the MLP's hidden layers"),
+        ("filters", bounded_number(int, 1, 10**6), 64, "K", "filters of the ResNet's first stage"),
+    ):
+        if flag in models:
+            default = [default] if models == (flag,) else None
+            text += f" (default: {default[0]})" if default else ""
+            group.add_argument(f"--{flag}", type=kind, nargs="+", default=default, metavar=metavar, help=text)
 
-    def add(flag, kind, default, text, **more):
-        paper = " or ".join(str(values[flag]) for values in PAPER.values()) if flag in PAPER["hidden"] else default
-        help = f"{text} (default: {paper})"
-        parser.add_argument("--" + flag.replace("_", "-"), type=kind, default=default, help=help, **more)
+    def add(flag, text, default=None, **more):
+        values = [one[flag] for one in settings.values() if flag in one] or [default]
+        shown = "" if values == [None] else f" (default: {' or '.join(dict.fromkeys(map(str, values)))})"
+        parser.add_argument("--" + flag.replace("_", "-"), default=default, help=text + shown, **more)
 
-    parser.add_argument("--sam", action="store_true", help="SAM around SGD, instead of SGD alone")
-    parser.add_argument("--rho", type=number(float, 0), nargs="+", metavar="R", help="SAM's radius (default: 0.05)")
-    parser.add_argument("--adaptive", action="store_true", help="adaptive SAM")
-    add("epochs", number(int, 1), None, "passes over the training images", metavar="N")
-    add("batch_size", number(int, 1), 128, "images a step, over all processes", metavar="N")
-    add("lr", number(float, 1e-12), 0.1, "initial learning rate", metavar="X")
-    add("momentum", number(float, 0, 1, below=True), 0.9, "SGD's momentum", metavar="X")
-    add("weight_decay", number(float, 0), None, "L2 penalty, outside SAM's perturbation", metavar="X")
+    def switch(flag, text):
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+
+    some, positive = bounded_number(int, 0), bounded_number(int, 1)
+    switch("sam", "SAM around SGD, instead of SGD alone")
+    rho_text = "SAM's radius (default: 0.05)"
+    parser.add_argument("--rho", type=bounded_number(float, 0), nargs="+", metavar="R", help=rho_text)
+    switch("adaptive", "ASAM's scaling of the perturbation")
+    add("perturb", "the layers that SAM perturbs", "all", choices=["all", "last", "rest"])
+    add("epochs", "passes over the training images", type=positive, metavar="N")
+    add("batch_size", "images a step, over all processes", type=positive, metavar="N")
+    add("lr", "learning rate", type=bounded_number(float, 1e-12), metavar="X")
+    add("momentum", "SGD's momentum", type=bounded_number(float, 0, 1, below=True), metavar="X")
+    add("weight_decay", "L2 penalty, outside SAM's perturbation", type=bounded_number(float, 0), metavar="X")
+    add("schedule", "the learning rate's course: step divides it by 10", choices=["step", "cosine", "constant"])
+    add("warmup", "linear warm-up of the learning rate", 0, type=some, metavar="STEPS")
+    add("loss", "cross-entropy, or squared error summed over the outputs", choices=list(LOSSES))
+    add("sharpness", "after training, measure the Hessian on the first N training images", 0, type=some, metavar="N")
     text = "initialization, data order, augmentation, flipped labels, pruning"
-    add("seed", number(int, 0, 2**63, below=True), [0], text, nargs="+", metavar="N")
-    add("dataset", str, None, f"one of {', '.join(DATASETS)}, or a folder with train/ and test/ class folders")
-    add("data_dir", str, "data", "where torchvision finds its data or downloads it to", metavar="DIR")
-    add("train_size", number(int, 1), None, "only the first N training images", metavar="N")
-    add("val_size", number(int, 0), 0, "the last N training images are held out and scored", metavar="N")
-    add("device", str, "cuda" if torch.cuda.is_available() else "cpu", "cuda, cuda:1, cpu ...")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--fp32", action="store_true", help="strict float32 on CUDA, no TF32")
-    add("results", str, "results", "where result files go", metavar="DIR")
-    parser.add_argument("--force", action="store_true", help="run again although a finished result exists")
+    add("seed", text, [0], type=bounded_number(int, 0, 2**63, below=True), nargs="+", metavar="N")
+    add("dataset", f"{', '.join(DATASETS)}, or a folder with train/ and test/ class folders", metavar="NAME")
+    add("data_dir", "where torchvision finds its data or downloads it to", "data", metavar="DIR")
+    add("train_size", "only the first N training images", type=positive, metavar="N")
+    add("val_size", "the last N training images are held out and scored", 0, type=some, metavar="N")
+    add("device", "cuda, cuda:1, cpu ...", "cuda" if torch.cuda.is_available() else "cpu", metavar="D")
+    switch("amp", "bfloat16 autocast")
+    switch("compile", "torch.compile the model")
+    switch("fp32", "strict float32 on CUDA, no TF32")
+    add("results", "where result files go", "results", metavar="DIR")
+    switch("force", "start anew although a result or a checkpoint exists")
     return parser
 
 
-NOT_THE_RUN = {"name", "device", "results", "force"}  # where a run happens, not what it computes
-
-
-def parse(parser):
-    """Every run that the command line asks for, as a namespace of single values, with its name."""
+def parse(parser, settings_of):
+    """Every run that the command line asks for, as a namespace of single values, with its name and its defaults."""
     args = parser.parse_args()
-    if not args.sam and (args.rho or args.adaptive):
-        parser.error("--rho and --adaptive need --sam")
+    if not args.sam and (args.rho or args.adaptive or args.perturb != "all"):
+        parser.error("--rho, --adaptive and --perturb need --sam")
     args.rho = args.rho or ([0.05] if args.sam else [None])
     args.script = Path(sys.argv[0]).stem
+    args.processes = int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
     args.hidden, args.filters = getattr(args, "hidden", None), getattr(args, "filters", None)
-    defaults = {key: parser.get_default(key) for key in vars(args)} | PAPER["hidden" if args.hidden else "filters"]
-    for key, value in vars(args).items():
-        if value is None:
-            setattr(args, key, defaults[key])
+    if args.dataset and args.dataset.lower() in DATASETS:
+        args.dataset = args.dataset.lower()
+    defaults = {key: parser.get_default(key) for key in vars(args)} | {"processes": 1, "rho": None}
+    defaults |= settings_of(args)
+    for key, value in defaults.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    if args.processes > 1 and re.fullmatch(r"cuda:\d+", args.device):
+        parser.error(f"--device {args.device}: under torchrun each process takes a GPU of its own; give --device cuda")
     try:
         torch.empty(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: cannot be used here ({str(error).splitlines()[0]})")
+        reason = textwrap.shorten(str(error).splitlines()[0], 100)
+        exit_with_error(f"--device {args.device}: cannot be used here ({reason})")
 
-    lists = {key: value for key, value in vars(args).items() if isinstance(value, list)}
-    combinations = itertools.product(*lists.values())
-    runs = [argparse.Namespace(**vars(args) | dict(zip(lists, values))) for values in combinations]
-    for config in runs:
-        config.name = run_name(config, defaults)
+    lists = {key: dict.fromkeys(value) for key, value in vars(args).items() if isinstance(value, list)}
+    runs = []
+    for values in itertools.product(*lists.values()):
+        config = argparse.Namespace(**vars(args) | dict(zip(lists, values)))
+        config.name, config.defaults = run_name(config, defaults), defaults
+        runs.append(config)
     return runs
+
+
+PLACE = {"device", "results", "force", "workers"}  # where and how a run happens, not what it computes
 
 
 def run_name(config, defaults):
     """Whatever differs from run to run, so that no two share a file: the sweep's flags first, then the unusual ones."""
     named = {"script", "dataset", "hidden", "filters", "noise", "pruner", "sparsity", "sam", "rho", "adaptive", "seed"}
-    parts = [config.dataset, f"mlp{config.hidden}" if config.hidden else f"resnet{config.filters}"]
+    parts = [config.dataset]
+    parts += [
+        f"mlp{config.hidden}" if config.hidden else f"resnet{config.filters}" if config.filters else config.script
+    ]
     parts += [f"noise{config.noise}"] if "noise" in config else []
     parts += [f"{config.pruner}{config.sparsity}"] if "sparsity" in config else []
     parts += [f"{'a' * config.adaptive}sam-rho{config.rho}" if config.sam else "sgd", f"seed{config.seed}"]
     for key, value in vars(config).items():
-        if key not in named | {"results", "force"} and value != defaults[key]:
+        if key not in named | PLACE and value != defaults[key]:
             parts.append(key.replace("_", "-") + ("" if value is True else f"={value}"))
     name = quote("_".join(parts), safe="=")
     return name if len(name) < 180 else f"{name[:160]}-{hashlib.sha1(name.encode()).hexdigest()[:16]}"
 
 
-def write(path, data):
-    """Bytes to a file that appears whole or not at all, whoever else writes it at the same time."""
-    temporary = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
+def training_settings(config):
+    """The settings, a dict, that a result file or checkpoint must agree on to belong to a run."""
+    return {key: value for key, value in config.items() if key not in PLACE | {"name", "defaults"}}
+
+
+def difference(config, found):
+    """What sets the settings `found` in a file apart from the run's, '' if nothing; a missing one is at its default."""
+    found = config.defaults | found
+    settings = json.loads(json.dumps(training_settings(vars(config))))  # tuples become lists, as in the file
+    return ", ".join(f"{key} {found.get(key)}, not {value}" for key, value in settings.items() if found[key] != value)
+
+
+def write(path, save):
+    """A file that save(file) fills: it appears whole or not at all, whoever else writes it and if the power goes."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        with open(temporary, "xb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        fail(f"--results: {path.parent} can't be written to ({error.strerror}); what was written before is intact")
+        exit_with_error(
+            f"--results: {path.parent} can't be written to ({error.strerror}); what was written before is intact"
+        )
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def identity(settings):
-    """The settings that a result file or checkpoint must agree on to belong to the run."""
-    return {key: value for key, value in settings.items() if key not in NOT_THE_RUN}
+def set_aside(path, reason):
+    """Renames a file that is not this run's, to a name of its own, and says so."""
+    names = (path.with_name(f"{path.name}.bad{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not name.exists())
+    warn(f"{path}: torn or of another run ({reason}); set aside as {aside.name}, and this run starts anew")
+    with contextlib.suppress(FileNotFoundError):  # another process has moved it
+        path.replace(aside)
+
+
+def result_path(config):
+    return Path(config.results, config.script, config.name + ".json")
 
 
 def is_finished(config):
-    path = Run.path_of(config)
+    path = result_path(config)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if identity(result["config"]) == identity(vars(config)) and result["status"] in ("done", "diverged"):
+        reason = difference(config, result["config"])
+        if not reason and result["status"] in ("done", "diverged"):
             return True
-        raise ValueError("another configuration")
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError as error:
+        exit_with_error(f"{path}: can't be read ({error.strerror}); it is left as it is")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        note(f"{path}: not a finished result of this run ({error}); running it again")
-        return False
+        reason = f"{type(error).__name__}: {error}"
+    set_aside(path, reason or "not finished")
+    return False
+
+
+def read_checkpoint(path):
+    """The checkpoint, its tensors on the CPU; ValueError if torn or foreign. Other errors say nothing of the file."""
+    with zipfile.ZipFile(path) as archive:  # torch's format; checks every byte
+        if archive.testzip() or not any(name.endswith("data.pkl") for name in archive.namelist()):
+            raise ValueError("damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @functools.cache
@@ -531,104 +873,133 @@ def environment(device):
     }
 
 
-class Run:
-    """One run on disk: goes on from its checkpoint, ends epochs, writes the result file."""
+PROGRESS_SECONDS = 30  # between lines where there is no terminal for a bar
+
+
+class Recorder:
+    """A run's way to disk: goes on from its checkpoint, keeps the history, writes the result file at the end."""
 
     def __init__(self, config, model, optimizer):
         self.config, self.model, self.optimizer = config, model, optimizer
-        self.path = self.path_of(config)
+        self.path = result_path(config)
         self.checkpoint = self.path.with_suffix(".ckpt")
         self.history, self.seconds, self.status = [], 0.0, "done"
-        self.saved = time.perf_counter()
+        self.env = environment(config.device)  # now: the commit may be another when the run ends
+        if config.force and is_main():
+            self.checkpoint.unlink(missing_ok=True)
         self.load()
-        if dist.is_initialized():
-            dist.barrier()  # or rank 0 may finish, and remove the checkpoint, before another has read it
-
-    @staticmethod
-    def path_of(config):
-        return Path(config.results, config.script, config.name + ".json")
+        self.bar = tqdm(
+            total=config.epochs, initial=len(self.history), disable=None if is_main() else True, leave=False,
+            bar_format="{n}/{total} |{bar:20}| {remaining} left{postfix}",
+        )  # fmt: skip
+        self.clock = self.saved = self.spoke = time.perf_counter()
+        self.save_cost = 0.0
 
     def load(self):
+        """Goes on from the checkpoint if there is one; under torchrun all processes from what the main one has read."""
+        state, reason = None, None
         try:
-            state = torch.load(self.checkpoint, map_location=self.config.device, weights_only=True)
-            if state["config"] != identity(vars(self.config)):
-                raise ValueError("another configuration")
-            model, optimizer, history, seconds = (state[key] for key in ("model", "optimizer", "history", "seconds"))
-            if {k: w.shape for k, w in model.items()} != {k: w.shape for k, w in self.model.state_dict().items()}:
-                raise ValueError("another model")
-            self.optimizer.load_state_dict(optimizer)  # raises before it changes anything; the model's would not
-            self.model.load_state_dict(model)
-            self.history, self.seconds = history, seconds
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # a torn file raises anything from EOFError to UnpicklingError
-            aside = self.checkpoint.with_suffix(".ckpt.bad")
+            state = from_main(read_checkpoint(self.checkpoint) if is_main() and self.checkpoint.exists() else None)
+            if state is None:
+                return
+            reason = difference(self.config, state["config"])
+            if {k: w.shape for k, w in state["model"].items()} != {
+                k: w.shape for k, w in self.model.state_dict().items()
+            }:
+                reason = reason or "another model"
+            if not reason:
+                self.optimizer.load_state_dict(state["optimizer"])  # raises before it changes anything
+                self.model.load_state_dict(state["model"])
+                self.history, self.seconds = state["history"], state["seconds"]
+                self.env = self.env | {"commit": state["commit"]}
+        except OSError as error:
+            exit_with_error(f"{self.checkpoint}: can't be read ({error.strerror}); it is left as it is")
+        except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            note(f"{self.checkpoint}: torn or of another run ({reason}); set aside as {aside.name}, starting anew")
-            with contextlib.suppress(FileNotFoundError):  # another process has moved it
-                self.checkpoint.replace(aside)
+        if reason and is_main():
+            set_aside(self.checkpoint, reason)
+        for p, buffers in self.optimizer.state.items():  # as the parameter lies in memory, which fused kernels assume
+            for key, buffer in buffers.items():
+                if torch.is_tensor(buffer) and buffer.shape == p.shape:
+                    buffers[key] = torch.empty_like(p, requires_grad=False).copy_(buffer)
 
     def save(self):
-        state = {"config": identity(vars(self.config)), "history": self.history, "seconds": self.seconds}
+        config = training_settings(vars(self.config))
+        state = {"config": config, "history": self.history, "seconds": self.seconds, "commit": self.env["commit"]}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, buffer := io.BytesIO())
-        write(self.checkpoint, buffer.getbuffer())
+        began = time.perf_counter()
+        write(self.checkpoint, lambda file: torch.save(state, file))
         self.saved = time.perf_counter()
+        self.save_cost = self.saved - began
 
     def epochs(self):
-        """Yields the epochs still to do, with a progress bar; end each with end_epoch."""
-        todo = range(len(self.history) + 1, self.config.epochs + 1)
-        quiet = None if is_main() else True
-        with tqdm(todo, self.config.name, self.config.epochs, initial=len(self.history), disable=quiet) as self.bar:
-            for epoch in self.bar:
-                self.began = time.perf_counter()
-                yield epoch
-                if self.status == "diverged":
-                    break
+        """Yields the epochs still to do, from 1, and none after one that diverged; end each with end_epoch."""
+        while len(self.history) < self.config.epochs and self.status == "done":
+            yield len(self.history) + 1
 
-    def end_epoch(self, outputs, data):
-        """Adds an epoch to the history; outputs: each step's logits, labels and, with label noise, clean labels."""
-        sums = score(*map(torch.cat, zip(*outputs)))
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-            for buffer in self.model.buffers():  # BN's running statistics are those of rank 0
-                dist.broadcast(buffer, 0)
-        row = {"epoch": len(self.history) + 1, "lr": self.optimizer.param_groups[0]["lr"]}
-        names = ("train_loss", "train_acc", "train_clean_acc")
-        row.update(zip(names, (total / len(data.train.labels) for total in sums.tolist())))
-        for name in ("test", "val"):
-            split = getattr(data, name)
-            if len(split.labels):
-                row[f"{name}_loss"], row[f"{name}_acc"] = evaluate(self.model, split)
-        row["seconds"] = round(time.perf_counter() - self.began, 4)
+    def end_epoch(self, row):
+        """Adds an epoch's numbers to the history, or ends the run where one isn't finite; saves a checkpoint if due."""
+        now = time.perf_counter()
+        row["seconds"] = round(now - self.clock, 4)
         self.seconds += row["seconds"]
         if not all(map(math.isfinite, row.values())):
             self.status = "diverged"
             return
         self.history.append(row)
-        self.bar.set_postfix(loss=f"{row['train_loss']:.4f}", test=f"{row['test_acc']:.2%}")
-        if is_main() and time.perf_counter() - self.saved >= 1:  # so that short epochs don't pay for it
+        self.report(row)
+        is_last = len(self.history) == self.config.epochs
+        due = now - self.saved >= max(1, 50 * self.save_cost)  # at most 2% of the time goes into checkpoints
+        if is_main() and (due or (is_last and self.config.sharpness)):
             self.save()
+        self.clock = time.perf_counter()
 
-    def finish(self, removed=0):
-        """Writes the result file; removed: the number of pruned weights."""
+    def report(self, row):
+        """A step of the progress bar, or where there is no terminal a line now and then."""
+        tested = f"test {row['test_acc']:.2%}" if "test_acc" in row else f"test loss {row['test_loss']:.4f}"
+        numbers = f"loss {row['train_loss']:.4f}, {tested}"
+        self.bar.set_postfix_str(numbers, refresh=False)
+        self.bar.update()
+        if is_main() and self.bar.disable and row["epoch"] < self.config.epochs and self.clock_due():
+            left = self.seconds / len(self.history) * (self.config.epochs - row["epoch"])
+            left = datetime.timedelta(seconds=round(left))
+            print(f"epoch {row['epoch']}/{self.config.epochs}: {numbers}, {left} left: {self.config.name}", flush=True)
+
+    def clock_due(self):
+        if time.perf_counter() - self.spoke < PROGRESS_SECONDS:
+            return False
+        self.spoke = time.perf_counter()
+        return True
+
+    def finish(self, **more):
+        """Writes the result file, with whatever more is to be in it that is not None."""
+        self.bar.close()
         params = sum(p.numel() for p in self.model.parameters())
         last = self.history[-1] if self.history else {}
+        accuracies = [row["test_acc"] for row in self.history if "test_acc" in row]
         result = {
-            "config": {key: value for key, value in vars(self.config).items() if key != "name"},
+            "config": {key: value for key, value in vars(self.config).items() if key not in ("name", "defaults")},
             "num_params": params,
-            "num_nonzero": params - removed,
+            "num_nonzero": params,
             "status": self.status,
             **{key: last.get(key) for key in ("test_acc", "test_loss", "train_loss")},
-            "best_test_acc": max((row["test_acc"] for row in self.history), default=None),
-            "env": {**environment(self.config.device), "seconds": round(self.seconds, 3)},
-            "history": self.history,
+            "best_test_acc": max(accuracies, default=None),
+            "env": {**self.env, "seconds": round(self.seconds, 3)},
+            **{key: value for key, value in more.items() if value is not None},
         }
-        if is_main():
-            write(self.path, json.dumps(result, indent=1, allow_nan=False).encode())
-            self.checkpoint.unlink(missing_ok=True)
-            outcome = f"test {last['test_acc']:.2%} (best {result['best_test_acc']:.2%})" if last else "no finite epoch"
-            print(f"{self.status}: {self.config.name}: {outcome}, {self.seconds:.0f} s", flush=True)
+        if not is_main():
+            return
+        rows = ",\n".join(json.dumps(row, allow_nan=False) for row in self.history)
+        text = json.dumps(result, allow_nan=False).removesuffix("}") + f',\n"history": [\n{rows}\n]}}\n'
+        write(self.path, lambda file: file.write(text.encode()))
+        self.checkpoint.unlink(missing_ok=True)
+        for left in self.path.parent.glob(
+            f"{glob.escape(self.config.name)}.[cj]*.*.tmp"
+        ):  # by a process that was killed
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > 60:
+                    left.unlink()
+        outcome = f"test {last['test_acc']:.2%} (best {result['best_test_acc']:.2%})" if accuracies else "no accuracy"
+        print(f"{self.status}: {self.config.name}: {outcome}, {self.seconds:.0f} s", flush=True)
 
 
 def keep_freed_memory():
@@ -640,37 +1011,46 @@ def keep_freed_memory():
 
 
 def stop(signum, frame):
-    note("stopped; give the same command again to go on from the last checkpoint")
+    warn("stopped; the same command goes on from the last checkpoint")
     sys.exit(128 + signum)
 
 
-def main(parser, train):
-    """Calls train(config) for each of the command line's runs that has no finished result yet."""
+def main(parser, train, settings_of):
+    """Calls train(config) for each of the command line's runs that has no finished result yet.
+
+    settings_of: function of the parsed flags that returns the {flag: default} which hold where a flag is not given.
+    """
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     keep_freed_memory()
     torchrun = "LOCAL_RANK" in os.environ
     if torchrun and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    runs = parse(parser)
-    todo = [config for config in runs if config.force or not is_finished(config)]
+    runs = parse(parser, settings_of)
     if torchrun:
-        dist.init_process_group("nccl" if "cuda" in runs[0].device else "gloo")
+        on_cuda = "cuda" in runs[0].device
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo",
+            timeout=datetime.timedelta(hours=2),  # the main process may have to download, and measures sharpness
+            device_id=torch.device("cuda", torch.cuda.current_device()) if on_cuda else None,
+        )
+        require_same_everywhere(runs)
+    todo = from_main([config for config in runs if config.force or not is_finished(config)] if is_main() else None)
     if is_main():
-        print(f"{len(runs)} runs, of which {len(runs) - len(todo)} are finished", flush=True)
-    if todo and is_main():  # a folder that can't be written to is better noticed before training
-        probe = Run.path_of(todo[0]).with_name(f".{platform.node()}.{os.getpid()}")
-        write(probe, b"")
-        probe.unlink()
-        read_dataset(todo[0].dataset, todo[0].data_dir)  # which may download it: the other processes wait
-    if torchrun:
-        dist.barrier()
-    for config in todo:
+        print(f"{len(runs)} runs, {len(runs) - len(todo)} already finished", flush=True)
+        if todo:  # a folder that can't be written to is better noticed before training
+            write(probe := result_path(todo[0]).with_name(f".{secrets.token_hex(4)}"), lambda file: None)
+            probe.unlink()
+    for number, config in enumerate(todo, start=1):
+        if is_main() and sys.stderr.isatty():
+            print(f"run {number} of {len(todo)}: {config.name}")
         try:
             train(config)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
                 raise
-            fail(f"{config.name}: does not fit into memory; use a smaller width or --batch-size, or another --device")
+            exit_with_error(f"{config.name}: does not fit into memory; use a smaller width or --batch-size, "
+                            "or another --device")  # fmt: skip
+        gc.collect()  # models under --amp and --compile hold themselves
     if torchrun:
         dist.destroy_process_group()

@@ -1,43 +1,64 @@
-"""Does a wide network that is pruned at initialization keep SAM's gain? The paper's sparsity figure.
+"""Does a wide network that is pruned at initialization keep SAM's gain? The paper's Figure 5b.
 
-    python sparsity.py --filters 64 --sparsity 0 0.8 0.9 0.94 --pruner snip --seed 0 1 2
-    python sparsity.py --filters 64 --sparsity 0 0.8 0.9 0.94 --pruner snip --seed 0 1 2 --sam --rho 0.02 0.05 0.1 0.2
+    python sparsity.py --filters 64 --sparsity 0.9378 --pruner snip --val-size 5000 --seed 0 1 2
+    python sparsity.py --filters 64 --sparsity 0.9378 --pruner snip --val-size 5000 --seed 0 1 2 \\
+        --sam --rho 0.01 0.02 0.05 0.1 0.2
     python plot.py
 
 Only the kernels of linear and convolutional layers are pruned. The dense narrow networks beside which plot.py draws the
-sparse wide ones are those with --sparsity 0, and those of mlp_width.py and resnet_width.py.
-
-A run takes as long as a dense one: masks save no time. In miniature (bash run.sh quick), 600-200 at 90% sparsity
-gains 0.4 +- 0.6 points where 75-25, dense, of as many weights, gains -0.7 +- 2.3.
+sparse wide ones, at equal non-zero parameters (0.9378 leaves 64 filters as many as 16 have), are those of mlp_width.py
+and resnet_width.py. A run takes as long as a dense one: masks save no time.
 """
+
+import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common import (
+    LOSSES,
     SAM,
-    Run,
+    Recorder,
+    Scores,
+    average,
     average_gradients,
     batches,
+    bounded_number,
+    broadcast_buffers,
     build_model,
+    drop_gradients,
+    evaluate,
     flags,
     frozen_bn_stats,
+    last_layer_share,
+    learning_rate,
     load_data,
     main,
-    number,
-    set_learning_rate,
+    measure_sharpness,
 )
 
+SETTINGS = {  # the paper's, by the flag that picks the model
+    "hidden": {
+        "dataset": "mnist",
+        **{"epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "loss": "ce"},
+        **{"schedule": "step", "milestones": (0.25, 0.5, 0.75)},
+    },
+    "filters": {
+        "dataset": "cifar10",
+        **{"epochs": 200, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "loss": "ce"},
+        **{"schedule": "step", "milestones": (0.5, 0.75)},
+    },
+}
 
-def lowest(scores, count):
-    """Masks like the list of tensors `scores`, False at the `count` lowest scores of all of them together."""
+
+def keep_highest(scores, count):
+    """Masks like the list of tensors `scores`, False at the `count` lowest of all their scores together."""
     mask = torch.ones(sum(s.numel() for s in scores), dtype=torch.bool, device=scores[0].device)
     mask[torch.cat([s.flatten() for s in scores]).argsort()[:count]] = False
     return [part.view_as(s) for part, s in zip(mask.split([s.numel() for s in scores]), scores)]
 
 
-def prune(model, kernels, config, data):
+def prune(model, kernels, loss_fn, config, data):
     """The kernels' masks, True where a weight is kept: of n, exactly round(sparsity n) are removed.
 
     random: an equal share of each layer, chosen uniformly; magnitude: the smallest |w| of all layers together;
@@ -46,20 +67,21 @@ def prune(model, kernels, config, data):
     if config.pruner == "random":
         rng = np.random.default_rng((config.seed, 0))  # epochs count from 1: a stream apart from the data order's
         scores = [torch.from_numpy(rng.random(w.shape, np.float32)).to(w.device) for w in kernels]
-        return [lowest([s], round(config.sparsity * s.numel()))[0] for s in scores]
+        return [keep_highest([s], round(config.sparsity * s.numel()))[0] for s in scores]
     scores = [w.detach().abs() for w in kernels]
     if config.pruner == "snip":
-        images, y = next(batches(data, config, 1, data.train.labels))
+        x, y = next(batches(data, config, 1))
         model.double()  # or rounding chooses, in which devices and kernels differ
         with frozen_bn_stats(model):
-            F.cross_entropy(model(images.double()), y).backward()
-        average_gradients(model, len(y))  # of the processes' shares: all prune alike
+            loss_fn(model(x.double()), y).backward()
+        if config.processes > 1:
+            average_gradients(model, len(y))  # so that all prune alike
         scores = [s * w.grad.abs() for s, w in zip(scores, kernels)]
-        model.to(images.dtype)
-    return lowest(scores, round(config.sparsity * sum(s.numel() for s in scores)))
+        model.to(x.dtype)
+    return keep_highest(scores, round(config.sparsity * sum(s.numel() for s in scores)))
 
 
-def apply(mask, weight):
+def mask_weight(weight, mask):
     """Masks the weight and all its gradients, so that SAM, momentum and weight decay leave zeros at zero."""
 
     def mask_gradient(weight):
@@ -72,42 +94,62 @@ def apply(mask, weight):
 def train(config):
     data = load_data(config)
     model = build_model(config, data)
+    loss_fn = LOSSES[config.loss]
     kernels = [w for w in model.parameters() if w.ndim > 1]
-    masks = prune(model, kernels, config, data)
-    for w, mask in zip(kernels, masks):
-        apply(mask.to(w), w)
+    masks = dict(zip(kernels, prune(model, kernels, loss_fn, config, data)))
+    for w, mask in masks.items():
+        mask_weight(w, mask.to(w))
+    removed = sum(int((~mask).sum()) for mask in masks.values())
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
     )
     sam = SAM(optimizer, config.rho, config.adaptive) if config.sam else None
-    run = Run(config, model, optimizer)
-    labels = data.train.labels
-    updates = -(-len(labels) // config.batch_size)  # an epoch
+    recorder = Recorder(config, model, optimizer)
+    steps_per_epoch = math.ceil(len(data.train.targets) / config.batch_size)
 
-    for epoch in run.epochs():
+    for epoch in recorder.epochs():
         model.train()
-        outputs = []
-        for step, (images, y) in enumerate(batches(data, config, epoch, labels), (epoch - 1) * updates):
-            set_learning_rate(config, optimizer, step, config.epochs * updates)
+        scores, share = Scores(loss_fn), 0
+        for step, (x, y) in enumerate(batches(data, config, epoch), start=(epoch - 1) * steps_per_epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, steps_per_epoch)
             optimizer.zero_grad()
-            logits = model(images)
-            F.cross_entropy(logits, y).backward()
+            outputs = model(x)
+            loss_fn(outputs, y).backward()
             if sam:
+                share += last_layer_share(model)
+                drop_gradients(model, config.perturb)
                 sam.perturb()
-                with frozen_bn_stats(model):
-                    F.cross_entropy(model(images), y).backward()
-            average_gradients(model, len(y))
-            (sam or optimizer).step()
-            outputs.append((logits.detach(), y))
-        run.end_epoch(outputs, data)
-    run.finish(removed=sum(int((~mask).sum()) for mask in masks))
+                with frozen_bn_stats(model):  # the statistics are those of the first pass alone
+                    loss_fn(model(x), y).backward()
+            if config.processes > 1:
+                average_gradients(model, len(y))
+            if sam:
+                sam.step()  # restores w, then takes the optimizer's step
+            else:
+                optimizer.step()
+            scores.add(outputs, y)
+        if config.processes > 1:
+            broadcast_buffers(model)
+        row = {"epoch": epoch, "lr": group["lr"], **scores.means("train_loss", "train_acc")}
+        row |= evaluate(model, loss_fn, data.test, "test") | evaluate(model, loss_fn, data.val, "val")
+        if sam:
+            row["last_layer_share"] = average(share / steps_per_epoch)
+        recorder.end_epoch(row)
+
+    recorder.finish(
+        num_nonzero=sum(p.numel() for p in model.parameters()) - removed,
+        sharpness=measure_sharpness(
+            config, model, loss_fn, data.train, data.train.targets, [masks.get(p) for p in model.parameters()]
+        ),
+    )
 
 
 if __name__ == "__main__":
-    parser = flags(__doc__)
+    parser = flags(__doc__, SETTINGS, "hidden", "filters")
     text = "fraction of the kernel weights removed (default: 0.9)"
-    sparsity = number(float, 0, 1, below=True)
-    parser.add_argument("--sparsity", type=sparsity, nargs="+", default=[0.9], metavar="S", help=text)
+    below_1 = bounded_number(float, 0, 1, below=True)
+    parser.add_argument("--sparsity", type=below_1, nargs="+", default=[0.9], metavar="S", help=text)
     text = "how they are chosen (default: random)"
     parser.add_argument("--pruner", choices=["random", "snip", "magnitude"], default="random", help=text)
-    main(parser, train)
+    main(parser, train, lambda args: SETTINGS["hidden" if args.hidden else "filters"])
