@@ -791,13 +791,14 @@ def run_name(config, defaults):
 
 def training_settings(config):
     """The settings, a dict, that a result file or checkpoint must agree on to belong to a run."""
-    return {key: value for key, value in config.items() if key not in PLACE | {"name", "defaults"}}
+    settings = {key: value for key, value in config.items() if key not in PLACE | {"name", "defaults"}}
+    return json.loads(json.dumps(settings))  # tuples become lists, as in a file
 
 
 def difference(config, found):
     """What sets the settings `found` in a file apart from the run's, '' if nothing; a missing one is at its default."""
     found = config.defaults | found
-    settings = json.loads(json.dumps(training_settings(vars(config))))  # tuples become lists, as in the file
+    settings = training_settings(vars(config))
     return ", ".join(f"{key} {found.get(key)}, not {value}" for key, value in settings.items() if found[key] != value)
 
 
