@@ -209,7 +209,7 @@ DATASETS = {name: lambda config: read_torchvision(config.dataset, config.data_di
 
 
 def open_image(path):
-    """The file's image, 8 bits deep: of mode L where it is grey, else RGB."""
+    """The file's image, 8 bits deep: of mode L where it is grey, else RGB. ValueError, with its path, if it is none."""
     from PIL import Image
 
     try:
@@ -227,7 +227,7 @@ def open_image(path):
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises all kinds over broken files
-        exit_with_error(f"{path}: is not an image that can be read; replace or remove it ({error})")
+        raise ValueError(f"{path}: is not an image that can be read; replace or remove it ({error})") from error
 
 
 def image_folder(root, train):
@@ -258,7 +258,10 @@ def read_folder(root):
     def read(data):
         images = []
         for path, _ in tqdm(data.samples, f"reading {data.root}", disable=None, leave=False):
-            pixels = np.asarray(open_image(path))
+            try:
+                pixels = np.asarray(open_image(path))
+            except ValueError as error:
+                exit_with_error(str(error))
             images.append(pixels.reshape(*pixels.shape[:2], -1))
             if images[-1].shape != images[0].shape:
                 shapes = f"{images[-1].shape}, the first image {images[0].shape} (H, W, C)"

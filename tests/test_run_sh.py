@@ -1,0 +1,468 @@
+"""run.sh: what its lists hold, and what its sweeps do with a Python that only notes what it is told."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMON = """sam rho adaptive perturb epochs batch-size lr momentum weight-decay schedule warmup loss sharpness seed dataset
+    data-dir train-size val-size device amp compile fp32 results force""".split()
+FLAGS = {
+    "mlp_width.py": {*COMMON, "hidden"},
+    "resnet_width.py": {*COMMON, "filters", "depth", "image-size", "workers"},
+    "label_noise.py": {*COMMON, "hidden", "filters", "noise"},
+    "sparsity.py": {*COMMON, "hidden", "filters", "sparsity", "pruner"},
+}
+LISTS = {"hidden", "filters", "noise", "sparsity", "rho", "seed"}
+VARIABLES = """SEEDS HIDDEN FILTERS TEACHER CURVE NOISES NOISE_FILTERS PERTURB DECAYS DEPTHS PRUNERS PRUNED PRUNED_FILTERS
+    SHARPNESS CONVERGENCE CONVERGENCE_FILTERS IMAGENET_FILTERS""".split()
+ENV = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, "RHOS", "FLAGS", "JOBS", "PYTHON"}}
+EMPTY = dict.fromkeys(VARIABLES[1:], "")
+SMALL = {**EMPTY, "SEEDS": "0", "RHOS": "0.1", "HIDDEN": "75-25 150-50 300-100"}  # 9 commands, of which three fail
+
+FAKE = """#!/bin/sh
+echo "$*" | head -n 1 >>calls
+echo starts $CUDA_VISIBLE_DEVICES >>gpus
+echo $OMP_NUM_THREADS >>threads
+case "$*" in
+    *importlib*) [ "$LACKS" = "" ] || [ -e installed ] || exit 1;;
+    *"-m venv"*) [ "$LACKS" != venv ] || exit 1; mkdir -p .venv/bin; cp fake .venv/bin/python; touch pip;;
+    *"pip --version"*) [ -e pip ] || exit 1;;
+    *ensurepip*) [ "$LACKS" = pip ] || exit 1; touch pip;;
+    *"pip install"*) [ "$LACKS" != network ] || { echo noise >&2; echo no network >&2; exit 1; }; touch installed;;
+    *read_torchvision*) [ "$LACKS" != data ] || { echo no data >&2; exit 2; };;
+    *"$FAILS"*) echo broken >&2; exit 3;;
+    *"$SLEEPS"*) echo $$ >>asleep; exec sleep 60;;
+    *--sam*) sleep 0.1;;
+esac
+echo ends $CUDA_VISIBLE_DEVICES >>gpus
+"""
+
+
+def start(folder, *argv, **variables):
+    """run.sh, with stdin, stdout and stderr in text, in a process group of its own that Ctrl-C reaches."""
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    reached = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen(
+        ["bash", "run.sh", *argv], cwd=folder, env={**ENV, **variables}, text=True, **pipes, **reached
+    )
+
+
+def run(folder, *argv, **variables):
+    """The exit status of run.sh and the lines of its stdout and stderr."""
+    process = start(folder, *argv, **variables)
+    out, errors = process.communicate(timeout=60)
+    return process.returncode, out.splitlines(), errors.splitlines()
+
+
+def listed(*argv, **variables):
+    status, lines, errors = run(ROOT, "list", *argv, **variables)
+    assert (status, errors) == (0, [])
+    return lines
+
+
+def parse(line):
+    """The script and the values of each flag."""
+    python, script, *rest = line.split(" --")[0].split()
+    assert python == "python" and not rest
+    flags = [part.split() for part in line.split(" --")[1:]]
+    assert len(flags) == len({flag for flag, *_ in flags}), f"a flag twice: {line}"
+    return script, {flag: values for flag, *values in flags}
+
+
+def runs(lines):
+    """Every run of these commands: (script, flag=value, ...)."""
+    found = []
+    for line in lines:
+        script, flags = parse(line)
+        for combination in itertools.product(*flags.values()) if all(flags.values()) else runs_with_switches(flags):
+            found.append((script, *sorted(map("=".join, zip(flags, combination)))))
+    return found
+
+
+def runs_with_switches(flags):
+    return itertools.product(*(values or ["yes"] for values in flags.values()))
+
+
+def count(found, script, *wanted, without=()):
+    return sum(r[0] == script and set(wanted) <= set(r) and not any(w in "".join(r) for w in without) for r in found)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of what run.sh needs, and the Python that takes notes."""
+    shutil.copy(ROOT / "run.sh", tmp_path)
+    (tmp_path / "tests").mkdir()
+    for name in ("requirements.txt", "tests/requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "fake").write_text(FAKE)
+    (tmp_path / "fake").chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def fake(clone):
+    return {"PYTHON": str(clone / "fake"), "LACKS": "", "FAILS": "nothing", "SLEEPS": "nothing"}
+
+
+def calls(clone):
+    """What Python was told, without the questions that set-up asks."""
+    return [line for line in (clone / "calls").read_text().splitlines() if not line.startswith("-c i")]
+
+
+@pytest.mark.parametrize("scale", [(), ("quick",), ("overnight",)], ids=["full", "quick", "overnight"])
+def test_every_listed_command_has_flags_of_its_script_and_no_run_is_listed_twice(scale):
+    lines = listed(*scale, IMAGENET="images")
+    for line in lines:
+        script, flags = parse(line)
+        assert flags.keys() <= FLAGS[script], line
+        assert not {flag for flag, values in flags.items() if len(values) > 1} - LISTS
+        assert [flag for flag, values in flags.items() if not values] == ["sam"] * ("rho" in flags)
+        assert script in ("mlp_width.py", "resnet_width.py") or len(flags.keys() & {"hidden", "filters"}) == 1
+        assert flags.get("dataset") == ["curve"] or "val-size" in flags or scale or "curve" in line
+    found = runs(lines)
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize("scale", [(), ("quick",), ("overnight",)], ids=["full", "quick", "overnight"])
+def test_every_run_of_sam_has_its_run_of_sgd(scale):
+    found = set(runs(listed(*scale)))
+    for one in found:
+        base = tuple(part for part in one if not part.startswith(("sam=", "rho=", "perturb=")))
+        assert base in found, one
+
+
+def test_the_full_run_is_the_papers_and_its_controls():
+    lines = listed()
+    found = runs(lines)
+    clean = ["schedule", "weight-decay", "epochs", "curve", "teacher", "1000-1000", "=1000"]
+    assert count(found, "mlp_width.py", without=[*clean, "hidden=1000"]) == 4 * 3 * 7
+    plain = ["schedule", "weight-decay", "epochs"]
+    assert count(found, "resnet_width.py", without=plain) == 7 * 3 * 10
+    assert count(found, "resnet_width.py", "weight-decay=0") == 7 * 3 * 10
+    assert count(found, "resnet_width.py", "epochs=400") == 7 * 3
+    assert count(found, "mlp_width.py", "epochs=200") == 5 * 3
+    assert count(found, "mlp_width.py", "dataset=teacher", "val-size=2000") == 10 * 3 * 12
+    assert count(found, "mlp_width.py", "dataset=curve") == count(found, "mlp_width.py", "dataset=curve-scaled") == 4 * 3 * 2
+    for noise in ("0.25", "0.5", "0.75"):
+        assert count(found, "label_noise.py", f"noise={noise}", without=["perturb"]) == 5 * 3 * 7 + 5 * 3 * 10
+    assert count(found, "label_noise.py", "noise=0.5", "perturb=last") == 5 * 3 * 6 + 5 * 3 * 9
+    assert count(found, "label_noise.py", "noise=0.5", "perturb=rest") == 5 * 3 * 6 + 5 * 3 * 9
+    assert count(found, "mlp_width.py", "hidden=1000-1000-1000-1000") == 3 * 7
+    for pruner in ("random", "snip"):
+        assert count(found, "sparsity.py", f"pruner={pruner}") == 3 * 3 * 7 + 3 * 3 * 10
+    measured = ["loss=mse", "schedule=constant", "momentum=0", "weight-decay=0", "sharpness=1000"]
+    assert count(found, "mlp_width.py", *measured) == 4 * 3 * 6
+    assert count(found, "mlp_width.py", "schedule=constant", "epochs=20") == 3 * 3 * 2
+    assert count(found, "resnet_width.py", "schedule=constant", "epochs=75") == 3 * 3 * 2
+    assert not any("--noise 0 " in line or "--sparsity 0 " in line for line in lines)
+    for line in lines:  # a line is one run, unless runs take a minute or so
+        if "--filters" in line or not ("teacher" in line or "--epochs 20" in line):
+            assert len(runs([line])) == 1, line
+
+
+def test_the_longest_come_first():
+    lines = [parse(line) for line in listed()]
+    assert lines[0][1]["filters"] == ["256"] and lines[0][1]["epochs"] == ["400"]
+    assert "hidden" in lines[-1][1]
+    for sam in (False, True):
+        plain = [flags for script, flags in lines if script == "resnet_width.py" and ("sam" in flags) == sam]
+        widths = [int(flags["filters"][0]) for flags in plain if not flags.keys() & {"epochs", "weight-decay"}]
+        assert widths == sorted(widths, reverse=True)
+        assert len(widths) == 7 * 3 * (9 if sam else 1)
+
+
+def test_overnight_is_eight_rows_in_their_order():
+    lines = listed("overnight")
+
+    def row(line):
+        script, flags = parse(line)
+        if script == "label_noise.py":
+            return 7 if "filters" in flags else 1
+        if "dataset" in flags:
+            return 2
+        if "schedule" in flags:
+            return 4
+        if flags["hidden"] == ["3000-1000"]:
+            return 8
+        if script == "sparsity.py":
+            return 5
+        if "epochs" not in flags:
+            return 3
+        first = flags["hidden"][0]
+        return 5 if flags["epochs"] == ["30"] and "weight-decay" not in flags and first[:4] not in ("300", "300-3") and (
+            not first.startswith("300-300")
+        ) else 6
+
+    rows = [row(line) for line in lines]
+    assert rows == sorted(rows) and set(rows) == set(range(1, 9))
+    found = [runs([line for line, at in zip(lines, rows) if at == number]) for number in range(1, 9)]
+    sizes = [len(part) for part in found]
+    assert sizes[0] == 4 * 5 * (3 * 4 + 2 * 3 + 1)
+    assert sizes[1] == 10 * 3 * 5 + 2 * 4 * 3 * 2
+    assert sizes[2] == (3 * 5 + 3) * 5
+    assert sizes[3] == 3 * 6 + 3 * 3 * 2
+    assert sizes[4] == (4 + 2 * 3) * 3 * 3
+    assert sizes[5] == (4 + 4) * 3 * 3 + 4 * 3
+    assert sizes[7] == 3 * 3
+    assert {part for one in found[6] for part in one if part.startswith("seed")} == {"seed=1", "seed=2", "seed=3"}
+    assert all("results=results/overnight" in one for part in found for one in part)
+    assert count(found[2], "mlp_width.py", "hidden=300-100", "sharpness=100") == 5 * 5
+
+
+def test_quick_is_every_experiment_on_the_shipped_images():
+    found = runs(listed("quick"))
+    text = "\n".join(" ".join(one) for one in found)
+    for part in (
+        *("noise=0.5", "noise=0.75", "perturb=last", "perturb=rest", "filters=", "dataset=teacher", "dataset=curve "),
+        *("dataset=curve-scaled", "weight-decay=0", "epochs=30", "hidden=100-100-100-100", "pruner=random", "pruner=snip"),
+        *("loss=mse", "sharpness=", "schedule=constant"),
+    ):
+        assert part in text, part
+    for one in found:
+        assert {"dataset=mnist", "data-dir=data/mini"} <= set(one) or any("teacher" in p or "curve" in p for p in one)
+        assert "results=results/quick" in one
+
+
+@pytest.mark.parametrize("scale", [(), ("quick",), ("overnight",)], ids=["full", "quick", "overnight"])
+def test_pruned_networks_keep_as_many_weights_as_the_narrow_dense_one(scale):
+    def mlp(hidden):
+        sizes = [784, *map(int, hidden.split("-")), 10]
+        return sum(a * b for a, b in zip(sizes, sizes[1:])), sum(sizes[1:])
+
+    def resnet(k):
+        kernels, others, inputs = 27 * k + 80 * k, 2 * k + 10, k
+        for out in (k, 2 * k, 4 * k, 8 * k):
+            kernels += 9 * inputs * out + 3 * 9 * out * out + (inputs * out if inputs != out else 0)
+            others += 8 * out + (2 * out if inputs != out else 0)
+            inputs = out
+        return kernels, others
+
+    assert sum(mlp("75-25")) == 61_035 and sum(resnet(16)) == 701_466
+    pruned = [parse(line)[1] for line in listed(*scale) if "sparsity.py" in line]
+    assert {flags["hidden"][0] for flags in pruned if "hidden" in flags} >= {"300-100", "1200-400"}
+    for flags in pruned:
+        dense = 61_035 if "hidden" in flags else 701_466
+        kernels, others = mlp(flags["hidden"][0]) if "hidden" in flags else resnet(int(flags["filters"][0]))
+        left = kernels - round(float(flags["sparsity"][0]) * kernels) + others
+        assert abs(left / dense - 1) < 0.01, flags
+
+
+def test_variables_shrink_the_full_run():
+    found = runs(listed(SEEDS="7", RHOS="0.3", HIDDEN="20-10", FILTERS="4", NOISES="0.1", FLAGS="--amp --fp32"))
+    values = {(part.split("=")[0], part.split("=")[1]) for one in found for part in one[1:]}
+    assert {value for flag, value in values if flag == "seed"} == {"7"}
+    assert {value for flag, value in values if flag == "rho"} == {"0.3"}
+    assert {value for flag, value in values if flag == "noise"} == {"0.1"}  # perturb is at 0.5 alone
+    assert all({"amp=yes", "fp32=yes"} <= set(one) for one in found)
+    assert count(found, "resnet_width.py", "filters=4", without=["epochs", "weight-decay", "schedule"]) == 2
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_an_empty_list_drops_its_experiments_and_no_others(name):
+    every, left = (Counter(runs(listed(IMAGENET="images", **more))) for more in ({}, {name: ""}))
+    assert left < every or (name == "SEEDS" and not left)
+    assert all(flag in line for line in listed(**{name: ""}) for flag in ("--seed ", "python "))
+
+
+def test_an_empty_grid_leaves_sgd():
+    found = runs(listed(RHOS=""))
+    assert found and not any("sam=yes" in one for one in found)
+
+
+def test_folders_of_images_and_of_results():
+    found = runs(listed(CIFAR10="images", RESULTS="runs/a", DATA_DIR="elsewhere"))
+    assert all({"results=runs/a", "data-dir=elsewhere"} <= set(one) for one in found)
+    filters = [one for one in found if any(part.startswith("filters=") for part in one)]
+    assert filters and all("dataset=images" in one for one in filters)
+    assert count(found, "mlp_width.py", "dataset=images") == 0
+    large = [one for one in runs(listed(IMAGENET="images")) if "dataset=images" in one]
+    assert all({"depth=50", "image-size=224", "workers=8", "val-size=5000"} <= set(one) for one in large)
+    radii = Counter(part for one in large for part in one if part.startswith("filters="))
+    assert radii == {"filters=16": 21, "filters=32": 21, "filters=48": 18, "filters=64": 18, "filters=80": 18}
+    assert listed(IMAGENET="images", RHOS="0.1")[0].endswith("--sam --rho 0.1")
+
+
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_a_command_that_fails_does_not_stop_the_others(clone, fake, jobs):
+    (clone / "results" / "logs").mkdir(parents=True)
+    (clone / "results" / "logs" / "failed").write_text("of an earlier sweep")
+    status, out, errors = run(clone, **SMALL, **fake | {"FAILS": "150-50"}, JOBS=jobs)
+    assert status == 1
+    assert [line for line in calls(clone) if "--hidden" in line] and len(calls(clone)) == 11
+    assert calls(clone)[-1] == "plot.py --results results --figures figures"
+    assert len([line for line in out if line.startswith("command ") and " of 9: python " in line]) == 9
+    assert errors[0] == "run.sh: these commands failed:" and len(errors) == 4
+    for line in errors[1:]:
+        command, log = line.strip().rstrip(")").split(" (its output: ")
+        assert command.startswith("python mlp_width.py --hidden 150-50")
+        assert (clone / log).read_text().splitlines()[1:] == ["broken"] and command in (clone / log).read_text()
+
+
+def test_without_failures_the_figures_are_announced(clone, fake):
+    status, out, errors = run(clone, **SMALL, **fake, RESULTS="r", FIGURES="f", JOBS="2")
+    assert (status, errors) == (0, [])
+    assert out[0] == "Every figure at the paper's scale: 9 commands, 2 at a time"
+    assert out[-1] == "Figures and summary.md are in f, the results they come from in r."
+    assert calls(clone)[0] == "-c import common, sys; common.read_torchvision(*sys.argv[1:]) mnist data"
+    assert calls(clone)[-1] == "plot.py --results r --figures f"
+    assert not (clone / "results").exists() and len(list((clone / "r" / "logs").iterdir())) == 10
+
+
+def test_a_plot_that_fails_is_a_failure(clone, fake):
+    assert run(clone, **SMALL, **fake | {"FAILS": "plot.py"})[0] == 1
+
+
+@pytest.mark.parametrize("scale, downloads", [("quick", 0), ("overnight", 1)])
+def test_the_other_sweeps(clone, fake, scale, downloads):
+    status, out, errors = run(clone, scale, **fake | {"FAILS": "--"}, JOBS="8", RESULTS="r", FLAGS="--amp", SEEDS="7")
+    assert status == 1  # at once, which is all that matters here
+    assert "on 2 cores" in out[0] or "2 cores" in out[0]
+    assert f"{len(listed(scale))} commands, 8 at a time" in out[0]
+    assert sum("read_torchvision" in line for line in calls(clone)) == downloads
+    assert calls(clone)[-1] == f"plot.py --results results/{scale} --figures figures/{scale}"
+    assert not any("--amp" in line or "--seed 7" in line for line in calls(clone)) and not (clone / "r").exists()
+    assert set((clone / "threads").read_text().split()) == {"1"}
+
+
+def test_commands_side_by_side_use_different_gpus(clone, fake):
+    assert run(clone, **SMALL, **fake, CUDA_VISIBLE_DEVICES="3,GPU-5", JOBS="2")[0] == 0
+    events = [line.split() for line in (clone / "gpus").read_text().splitlines()]
+    events = [(event, gpu) for event, gpu in events if gpu != "3,GPU-5"]
+    assert len(events) == 18 and {gpu for _, gpu in events} == {"3", "GPU-5"}
+    if "process-slot-var" in subprocess.run(["xargs", "--help"], capture_output=True, text=True).stdout:
+        for gpu in ("3", "GPU-5"):
+            turns = [event for event, of in events if of == gpu]
+            assert turns == ["starts", "ends"] * (len(turns) // 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_everything_in_one_line(clone, fake, number):
+    process = start(clone, **SMALL, **fake | {"SLEEPS": "--hidden"}, JOBS="2")
+    asleep = clone / "asleep"
+    end = time.monotonic() + 20
+    while not asleep.exists() or len(asleep.read_text().split()) < 2:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert len(errors.splitlines()) == 1 and "the same command goes on" in errors
+    pids = asleep.read_text().split()
+    states = subprocess.run(["ps", "-o", "stat=", "-p", ",".join(pids)], capture_output=True, text=True).stdout
+    assert len(pids) == 2 and all(state.startswith("Z") for state in states.split())
+    assert not any("plot.py" in line for line in calls(clone))
+
+
+@pytest.mark.parametrize(
+    "argv, variables, named",
+    [
+        (["quik"], {}, "'quik'"),
+        (["quick", "twice"], {}, "'quick twice'"),
+        (["list", "full"], {}, "'list full'"),
+        (["data", "quick"], {}, "'data quick'"),
+        ([], {"JOBS": "0"}, "JOBS"),
+        ([], {"JOBS": "-1"}, "JOBS"),
+        (["quick"], {"JOBS": "two"}, "JOBS"),
+        (["overnight"], {"JOBS": "1.5"}, "JOBS"),
+        ([], {"SEEDS": ""}, "lists are empty"),
+        ([], {"FLAGS": "--amp --results r2"}, "--results in FLAGS"),
+        (["list"], {"FLAGS": "--results=r2"}, "RESULTS"),
+        (["list"], {"FLAGS": "--data-dir d"}, "DATA_DIR"),
+        (["list"], {"FLAGS": "--dataset svhn"}, "CIFAR10"),
+        (["list"], {"RESULTS": "my results"}, "space"),
+        ([], {"RESULTS": "run.sh"}, "run.sh/logs"),
+        ([], {"LACKS": "data"}, "no data"),
+        (["data"], {"LACKS": "data"}, "no data"),
+        (["quick"], {"PYTHON": "no-such-python"}, "no-such-python is not Python 3.10"),
+        (["quick"], {"LACKS": "venv"}, "-m venv .venv fails"),
+        (["test"], {"LACKS": "network"}, "cannot install tests/requirements.txt into .venv: no network"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_status_2(clone, fake, argv, variables, named):
+    status, _, errors = run(clone, *argv, **fake | variables)
+    assert (status, len(errors)) == (2, 1), errors
+    assert errors[0].startswith(("run.sh: ", "no data")) and named in errors[0]
+    assert not (clone / "calls").exists() or not any(line.startswith("mlp_width") for line in calls(clone))
+
+
+@pytest.mark.parametrize("argv", [["help"], ["-h"], ["--help"], ["quick", "--help"], ["test", "-h"], ["list", "--help"]])
+def test_help_names_the_commands_and_installs_nothing(clone, fake, argv):
+    status, out, errors = run(clone, *argv, **fake | {"LACKS": "network"})
+    assert (status, errors) == (0, []) and not (clone / "calls").exists()
+    for word in ("quick", "overnight", "data", "list", "test", "help", "JOBS", "RESULTS", "IMAGENET", "FLAGS", *VARIABLES):
+        assert any(word in line for line in out), word
+
+
+def test_data_downloads_what_the_full_run_needs(clone, fake):
+    def downloads(**variables):
+        (clone / "calls").unlink(missing_ok=True)
+        assert run(clone, "data", **fake, **variables) == (0, [], [])
+        assert all("read_torchvision" in line for line in calls(clone))
+        return [line.split()[-2:] for line in calls(clone)]
+
+    assert downloads() == [["cifar10", "data"], ["mnist", "data"]]
+    assert downloads(CIFAR10="images", IMAGENET="more", DATA_DIR="there") == [["mnist", "there"]]
+    assert downloads(**EMPTY, SEEDS="0") == []
+
+
+def test_test_gives_pytest_its_words(clone, fake):
+    assert run(clone, "test", "-k", "a name", **fake)[0] == 0
+    assert calls(clone)[-1] == "-m pytest -q -k a name"
+
+
+def test_set_up_makes_a_venv_once_and_says_how_to_use_it(clone, fake):
+    variables = {**fake, "LACKS": "modules", "FAILS": "sparsity.py", "JOBS": "8"}
+    status, out, _ = run(clone, **SMALL, **variables)
+    assert status == 0 and out[-1] == "next: source .venv/bin/activate"
+    assert out[1:3] == ["making .venv", "installing requirements.txt into .venv"]
+    made = [line for line in calls(clone) if "-m " in line]
+    assert made[0] == "-m venv --clear .venv" and made[-1].endswith("-r requirements.txt")
+    (clone / "calls").unlink()
+    (clone / "fake").write_text(FAKE.replace("[ -e installed ]", "false"))  # the first Python has not got them now either
+    status, out, _ = run(clone, **SMALL, **variables)
+    assert status == 0 and "making .venv" not in out and out[-1] == "next: source .venv/bin/activate"
+    assert not any("-m " in line for line in calls(clone))
+
+
+@pytest.mark.parametrize("lacks, remade", [("pip", False), ("modules", True)])
+def test_a_venv_without_pip_is_mended_or_made_again(clone, fake, lacks, remade):
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(clone / "fake", clone / ".venv" / "bin" / "python")
+    assert run(clone, "data", **fake | {"LACKS": lacks})[0] == 0
+    told = [line for line in calls(clone) if "-m " in line]
+    assert "-m ensurepip" in told and ("-m venv --clear .venv" in told) == remade and "pip install" in told[-1]
+
+
+def test_a_venv_that_is_half_made_is_made_again(clone, fake):
+    (clone / ".venv" / "bin").mkdir(parents=True)  # its Python is missing
+    assert run(clone, "data", **fake | {"LACKS": "modules"})[0] == 0
+    assert "-m venv --clear .venv" in calls(clone)
+
+
+@pytest.mark.parametrize("version, installs", [("2.5.1+cu124", True), ("2.10.0", False), (None, False)])
+def test_versions_are_compared_with_the_requirements(clone, fake, version, installs):
+    """With the Python that runs the tests: it has what the requirements ask for, but for another torch."""
+    if version:
+        place = clone / "site" / f"torch-{version}.dist-info"
+        place.mkdir(parents=True)
+        (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(clone / "fake", clone / ".venv" / "bin" / "python")
+    (clone / "pip").touch()
+    variables = {**fake, **EMPTY, "PYTHON": sys.executable, "LACKS": "modules", "PYTHONPATH": str(clone / "site")}
+    status, out, errors = run(clone, "data", **variables)
+    assert (status, errors) == (0, [])
+    assert out == (["installing requirements.txt into .venv"] if installs else [])
+
+
+def test_run_sh_is_executable():
+    assert os.access(ROOT / "run.sh", os.X_OK)
