@@ -22,12 +22,12 @@ import os
 import pickle
 import platform
 import re
-import secrets
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+import uuid
+import warnings
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -487,22 +487,19 @@ def largest_eigenpair(product, vector, tolerance=1e-4, basis=24, restarts=40):
     Lanczos iteration from `vector`, orthogonalized in full, restarted from its best vector until the residual is small.
     """
     for _ in range(restarts):
-        vectors, images = [vector / vector.norm()], []
-        while True:
+        vectors, images = [], []
+        while len(images) < basis and vector.norm() > 1e-6 * (images[-1].norm() if images else 0):
+            vectors.append(vector / vector.norm())
             images.append(product(vectors[-1]))
-            new = images[-1]
-            for _ in range(2):  # once leaves rounding errors that grow
-                for v in vectors:
-                    new = new - (v @ new) * v
-            if len(images) == min(basis, len(vector)) or new.norm() <= 1e-6 * images[-1].norm():
-                break
-            vectors.append(new / new.norm())
-        span, mapped = torch.stack(vectors), torch.stack(images)
-        projected = (span @ mapped.T).double()
+            vector = images[-1]
+            for v in 2 * vectors:  # going over them once would leave rounding errors that grow
+                vector = vector - (v @ vector) * v
+        vectors, images = torch.stack(vectors), torch.stack(images)
+        projected = (vectors @ images.T).double()
         values, combinations = torch.linalg.eigh((projected + projected.T) / 2)
-        value, combination = values[-1].item(), combinations[:, -1].to(span.dtype)
-        vector, image = combination @ span, combination @ mapped
-        residual = (image - value * vector).norm().item() / max(abs(value), 1e-30)
+        value, combination = values[-1].item(), combinations[:, -1].to(vectors.dtype)
+        vector = combination @ vectors
+        residual = (combination @ images - value * vector).norm().item() / max(abs(value), 1e-30)
         if residual <= tolerance:
             break
     return value, residual
@@ -520,7 +517,7 @@ def sharpness(model, loss, images, targets, masks=None, probes=100):
     weights = {name: p.detach() for name, p in model.named_parameters()}
     sizes = [w.numel() for w in weights.values()]
     masks = [torch.ones_like(w) if m is None else m for w, m in zip(weights.values(), masks or [None] * len(weights))]
-    mask = torch.cat([m.flatten() for m in masks])
+    mask, count = torch.cat([m.flatten() for m in masks]), sum(sizes)
 
     def hessian_product(vector, x, y):
         def loss_at(weights):
@@ -541,30 +538,26 @@ def sharpness(model, loss, images, targets, masks=None, probes=100):
         def squared(x, y):
             return hessian_product(hessian_product(v, x[None], y[None]), x[None], y[None])
 
-        squares = mean(lambda x, y: torch.vmap(squared)(x, y).sum(0), max(1, min(64, 2**23 // len(mask))))
+        squares = mean(lambda x, y: torch.vmap(squared)(x, y).sum(0), max(1, min(64, 2**23 // count)))
         return squares - product(product(v))
 
-    training = model.training
+    training, rng = model.training, torch.Generator().manual_seed(0)
     model.eval()
-    try:
-        rng = torch.Generator().manual_seed(0)
-        start = mask * torch.randn(len(mask), generator=rng).to(mask)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # torch's own, at the first jvp
+        start = mask * torch.randn(count, generator=rng).to(mask)
         value, residual = largest_eigenpair(product, start)
         spread, spread_residual = largest_eigenpair(spread_product, start)
-        exact = len(mask) <= 4096
-        signs = (2.0 * torch.randint(2, (len(mask),), generator=rng) - 1 for _ in range(probes))
-        traces = torch.stack([v @ product(v) for v in (v.to(mask) for v in (torch.eye(len(mask)) if exact else signs))])
-    finally:
-        model.train(training)
-    return {
-        "images": len(images),
-        "lambda_max": value,
-        "lambda_max_residual": residual,
-        "trace": (traces.sum() if exact else traces.mean()).item(),
-        "trace_se": 0.0 if exact else traces.std().item() / len(traces) ** 0.5,
-        "s2": max(spread, 0) ** 0.5,
-        "s2_residual": spread_residual,
-    }
+        if count <= 4096:
+            columns = torch.cat([torch.vmap(product)(rows) for rows in torch.eye(count).to(mask).split(64)])
+            trace, error = columns.trace().item(), 0.0
+        else:
+            signs = (2 * torch.randint(2, (count,), generator=rng).to(mask) - 1 for _ in range(probes))
+            traces = torch.stack([v @ product(v) for v in signs])
+            trace, error = traces.mean().item(), traces.std().item() / probes**0.5
+    model.train(training)
+    found = {"images": len(images), "lambda_max": value, "lambda_max_residual": residual}
+    return found | {"trace": trace, "trace_se": error, "s2": max(spread, 0) ** 0.5, "s2_residual": spread_residual}
 
 
 def measure_sharpness(config, model, loss_fn, split, targets, masks=None):
@@ -629,8 +622,7 @@ def broadcast_buffers(model):
 
 def require_same_everywhere(runs):
     """Ends the program where processes were given different runs, or results folders that are not one and the same."""
-    token = from_main(secrets.token_hex(8))
-    probe = Path(runs[0].results, f".{token}")
+    probe = Path(runs[0].results, from_main(f".{uuid.uuid4().hex}"))
     if is_main():
         write(probe, lambda file: None)
     dist.barrier()
@@ -638,23 +630,17 @@ def require_same_everywhere(runs):
     dist.all_gather_object(told, ([training_settings(vars(config)) for config in runs], probe.exists()))
     if is_main():
         probe.unlink()
-        if any(settings != told[0][0] for settings, _ in told):
-            complain("the processes were given different flags; start them all with the same command")
-        elif not all(seen for _, seen in told):
-            complain(f"--results {runs[0].results}: is not one folder for all processes; name one that they share")
     dist.barrier()
-    if told != told[:1] * len(told):
-        sys.exit(2)
-
-
-def complain(message):
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    if any(settings != told[0][0] for settings, _ in told):
+        exit_with_error("the processes were given different flags; start them all with the same command")
+    if not all(seen for _, seen in told):
+        exit_with_error(f"--results {runs[0].results}: is not one folder for all processes; name one that they share")
 
 
 def exit_with_error(message):
     """Ends the program over something the user can mend: one line on stderr, exit status 2."""
-    if dist.is_initialized() or os.environ.get("RANK", "0") == "0":  # until then all processes say the same
-        complain(message)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -761,33 +747,29 @@ def parse(parser, settings_of):
     try:
         torch.empty(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        reason = textwrap.shorten(str(error).splitlines()[0], 100)
-        exit_with_error(f"--device {args.device}: cannot be used here ({reason})")
+        exit_with_error(f"--device {args.device}: cannot be used here ({str(error).splitlines()[0][:100]})")
 
     lists = {key: dict.fromkeys(value) for key, value in vars(args).items() if isinstance(value, list)}
-    runs = []
-    for values in itertools.product(*lists.values()):
-        config = argparse.Namespace(**vars(args) | dict(zip(lists, values)))
-        config.name, config.defaults = run_name(config, defaults), defaults
-        runs.append(config)
+    combinations = (dict(zip(lists, values)) for values in itertools.product(*lists.values()))
+    runs = [argparse.Namespace(**vars(args) | values, defaults=defaults) for values in combinations]
+    for config in runs:
+        config.name = run_name(config)
     return runs
 
 
-PLACE = {"device", "results", "force", "workers"}  # where and how a run happens, not what it computes
+PLACE = {"device", "results", "force", "workers", "name", "defaults"}  # not what a run computes, but where and how
 
 
-def run_name(config, defaults):
+def run_name(config):
     """Whatever differs from run to run, so that no two share a file: the sweep's flags first, then the unusual ones."""
     named = {"script", "dataset", "hidden", "filters", "noise", "pruner", "sparsity", "sam", "rho", "adaptive", "seed"}
-    parts = [config.dataset]
-    parts += [
-        f"mlp{config.hidden}" if config.hidden else f"resnet{config.filters}" if config.filters else config.script
-    ]
+    model = f"mlp{config.hidden}" if config.hidden else f"resnet{config.filters}" if config.filters else config.script
+    parts = [config.dataset, model]
     parts += [f"noise{config.noise}"] if "noise" in config else []
     parts += [f"{config.pruner}{config.sparsity}"] if "sparsity" in config else []
     parts += [f"{'a' * config.adaptive}sam-rho{config.rho}" if config.sam else "sgd", f"seed{config.seed}"]
     for key, value in vars(config).items():
-        if key not in named | PLACE and value != defaults[key]:
+        if key not in named | PLACE and value != config.defaults[key]:
             parts.append(key.replace("_", "-") + ("" if value is True else f"={value}"))
     name = quote("_".join(parts), safe="=")
     return name if len(name) < 180 else f"{name[:160]}-{hashlib.sha1(name.encode()).hexdigest()[:16]}"
@@ -795,7 +777,7 @@ def run_name(config, defaults):
 
 def training_settings(config):
     """The settings, a dict, that a result file or checkpoint must agree on to belong to a run."""
-    settings = {key: value for key, value in config.items() if key not in PLACE | {"name", "defaults"}}
+    settings = {key: value for key, value in config.items() if key not in PLACE}
     return json.loads(json.dumps(settings))  # tuples become lists, as in a file
 
 
@@ -807,7 +789,7 @@ def difference(config, found):
 
 def write(path, save):
     """A file that save(file) fills: it appears whole or not at all, whoever else writes it and if the power goes."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
@@ -816,9 +798,8 @@ def write(path, save):
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        exit_with_error(
-            f"--results: {path.parent} can't be written to ({error.strerror}); what was written before is intact"
-        )
+        reason = f"can't be written to ({error.strerror}); what was written before is intact"
+        exit_with_error(f"--results: {path.parent} {reason}")
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -837,29 +818,37 @@ def result_path(config):
     return Path(config.results, config.script, config.name + ".json")
 
 
-def is_finished(config):
-    path = result_path(config)
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        reason = difference(config, result["config"])
-        if not reason and result["status"] in ("done", "diverged"):
-            return True
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        exit_with_error(f"{path}: can't be read ({error.strerror}); it is left as it is")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    set_aside(path, reason or "not finished")
-    return False
+def read_result(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result["status"] not in ("done", "diverged"):
+        raise ValueError("not finished")
+    return result
 
 
 def read_checkpoint(path):
-    """The checkpoint, its tensors on the CPU; ValueError if torn or foreign. Other errors say nothing of the file."""
     with zipfile.ZipFile(path) as archive:  # torch's format; checks every byte
         if archive.testzip() or not any(name.endswith("data.pkl") for name in archive.namelist()):
             raise ValueError("damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_own(path, read, config):
+    """What read(path) returns where it is this run's, else None; a file that is torn or another run's is set aside.
+
+    Errors that say nothing of the file, of the disk or of memory, end the program and leave it.
+    """
+    try:
+        content = read(path)
+        reason = difference(config, content["config"])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        exit_with_error(f"{path}: can't be read ({error.strerror}); it is left as it is")
+    except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+    if reason:
+        set_aside(path, reason)
+    return None if reason else content
 
 
 @functools.cache
@@ -867,14 +856,9 @@ def environment(device):
     git, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], None
     with contextlib.suppress(OSError):  # no git
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "device": torch.cuda.get_device_name(device) if "cuda" in device else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "commit": commit or None,
-    }
+    found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision")}
+    found["device"] = torch.cuda.get_device_name(device) if "cuda" in device else platform.machine()
+    return found | {"threads": torch.get_num_threads(), "commit": commit or None}
 
 
 PROGRESS_SECONDS = 30  # between lines where there is no terminal for a bar
@@ -888,7 +872,7 @@ class Recorder:
         self.path = result_path(config)
         self.checkpoint = self.path.with_suffix(".ckpt")
         self.history, self.seconds, self.status = [], 0.0, "done"
-        self.env = environment(config.device)  # now: the commit may be another when the run ends
+        self.env = dict(environment(config.device))  # now: the commit may be another when the run ends
         if config.force and is_main():
             self.checkpoint.unlink(missing_ok=True)
         self.load()
@@ -901,31 +885,24 @@ class Recorder:
 
     def load(self):
         """Goes on from the checkpoint if there is one; under torchrun all processes from what the main one has read."""
-        state, reason = None, None
+        state = from_main(read_own(self.checkpoint, read_checkpoint, self.config) if is_main() else None)
         try:
-            state = from_main(read_checkpoint(self.checkpoint) if is_main() and self.checkpoint.exists() else None)
-            if state is None:
-                return
-            reason = difference(self.config, state["config"])
-            if {k: w.shape for k, w in state["model"].items()} != {
-                k: w.shape for k, w in self.model.state_dict().items()
-            }:
-                reason = reason or "another model"
-            if not reason:
-                self.optimizer.load_state_dict(state["optimizer"])  # raises before it changes anything
-                self.model.load_state_dict(state["model"])
-                self.history, self.seconds = state["history"], state["seconds"]
-                self.env = self.env | {"commit": state["commit"]}
-        except OSError as error:
-            exit_with_error(f"{self.checkpoint}: can't be read ({error.strerror}); it is left as it is")
-        except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if reason and is_main():
-            set_aside(self.checkpoint, reason)
-        for p, buffers in self.optimizer.state.items():  # as the parameter lies in memory, which fused kernels assume
-            for key, buffer in buffers.items():
-                if torch.is_tensor(buffer) and buffer.shape == p.shape:
-                    buffers[key] = torch.empty_like(p, requires_grad=False).copy_(buffer)
+            if state:
+                self.restore(state)
+        except (ValueError, KeyError, TypeError) as error:  # a whole file, but its script was another
+            if is_main():
+                set_aside(self.checkpoint, error)
+
+    def restore(self, state):
+        shapes = [{name: w.shape for name, w in one.items()} for one in (state["model"], self.model.state_dict())]
+        if shapes[0] != shapes[1]:
+            raise ValueError("another model")
+        self.optimizer.load_state_dict(state["optimizer"])  # raises before it changes anything
+        self.model.load_state_dict(state["model"])
+        self.history, self.seconds, self.env["commit"] = state["history"], state["seconds"], state["commit"]
+        for p, buffers in self.optimizer.state.items():  # fused kernels assume that they lie in memory as p does
+            alike = {key: value for key, value in buffers.items() if getattr(value, "shape", None) == p.shape}
+            buffers.update((key, torch.empty_like(p, requires_grad=False).copy_(v)) for key, v in alike.items())
 
     def save(self):
         config = training_settings(vars(self.config))
@@ -960,19 +937,13 @@ class Recorder:
     def report(self, row):
         """A step of the progress bar, or where there is no terminal a line now and then."""
         tested = f"test {row['test_acc']:.2%}" if "test_acc" in row else f"test loss {row['test_loss']:.4f}"
-        numbers = f"loss {row['train_loss']:.4f}, {tested}"
+        numbers, left = f"loss {row['train_loss']:.4f}, {tested}", self.config.epochs - row["epoch"]
         self.bar.set_postfix_str(numbers, refresh=False)
         self.bar.update()
-        if is_main() and self.bar.disable and row["epoch"] < self.config.epochs and self.clock_due():
-            left = self.seconds / len(self.history) * (self.config.epochs - row["epoch"])
-            left = datetime.timedelta(seconds=round(left))
+        if is_main() and self.bar.disable and left and time.perf_counter() - self.spoke >= PROGRESS_SECONDS:
+            self.spoke = time.perf_counter()
+            left = datetime.timedelta(seconds=round(left * self.seconds / len(self.history)))
             print(f"epoch {row['epoch']}/{self.config.epochs}: {numbers}, {left} left: {self.config.name}", flush=True)
-
-    def clock_due(self):
-        if time.perf_counter() - self.spoke < PROGRESS_SECONDS:
-            return False
-        self.spoke = time.perf_counter()
-        return True
 
     def finish(self, **more):
         """Writes the result file, with whatever more is to be in it that is not None."""
@@ -982,12 +953,10 @@ class Recorder:
         accuracies = [row["test_acc"] for row in self.history if "test_acc" in row]
         result = {
             "config": {key: value for key, value in vars(self.config).items() if key not in ("name", "defaults")},
-            "num_params": params,
-            "num_nonzero": params,
-            "status": self.status,
+            **{"num_params": params, "num_nonzero": params, "status": self.status},
             **{key: last.get(key) for key in ("test_acc", "test_loss", "train_loss")},
             "best_test_acc": max(accuracies, default=None),
-            "env": {**self.env, "seconds": round(self.seconds, 3)},
+            "env": self.env | {"seconds": round(self.seconds, 3)},
             **{key: value for key, value in more.items() if value is not None},
         }
         if not is_main():
@@ -996,12 +965,10 @@ class Recorder:
         text = json.dumps(result, allow_nan=False).removesuffix("}") + f',\n"history": [\n{rows}\n]}}\n'
         write(self.path, lambda file: file.write(text.encode()))
         self.checkpoint.unlink(missing_ok=True)
-        for left in self.path.parent.glob(
-            f"{glob.escape(self.config.name)}.[cj]*.*.tmp"
-        ):  # by a process that was killed
+        for leftover in self.path.parent.glob(f"{glob.escape(self.config.name)}.[cj]*.*.tmp"):
             with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > 60:
-                    left.unlink()
+                if time.time() - leftover.stat().st_mtime > 60:  # of a process that was killed, not one that writes
+                    leftover.unlink()
         outcome = f"test {last['test_acc']:.2%} (best {result['best_test_acc']:.2%})" if accuracies else "no accuracy"
         print(f"{self.status}: {self.config.name}: {outcome}, {self.seconds:.0f} s", flush=True)
 
@@ -1039,12 +1006,14 @@ def main(parser, train, settings_of):
             device_id=torch.device("cuda", torch.cuda.current_device()) if on_cuda else None,
         )
         require_same_everywhere(runs)
-    todo = from_main([config for config in runs if config.force or not is_finished(config)] if is_main() else None)
+    todo = None
     if is_main():
+        todo = [c for c in runs if c.force or not read_own(result_path(c), read_result, c)]
         print(f"{len(runs)} runs, {len(runs) - len(todo)} already finished", flush=True)
         if todo:  # a folder that can't be written to is better noticed before training
-            write(probe := result_path(todo[0]).with_name(f".{secrets.token_hex(4)}"), lambda file: None)
+            write(probe := result_path(todo[0]).with_name(f".{uuid.uuid4().hex}"), lambda file: None)
             probe.unlink()
+    todo = from_main(todo)
     for number, config in enumerate(todo, start=1):
         if is_main() and sys.stderr.isatty():
             print(f"run {number} of {len(todo)}: {config.name}")
@@ -1053,8 +1022,7 @@ def main(parser, train, settings_of):
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
                 raise
-            exit_with_error(f"{config.name}: does not fit into memory; use a smaller width or --batch-size, "
-                            "or another --device")  # fmt: skip
+            exit_with_error(f"{config.name}: does not fit into memory; try a smaller --batch-size or another --device")
         gc.collect()  # models under --amp and --compile hold themselves
     if torchrun:
         dist.destroy_process_group()
