@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash run.sh quick       every experiment in miniature, on the images in data/mini: at most 10 minutes on 2 cores
-# bash run.sh overnight   every experiment as large as 2 CPU cores manage in a night or two, MNIST at the paper's settings
+# bash run.sh overnight   every experiment at the largest scale that 2 CPU cores manage in a night or two
 # bash run.sh             every figure at the paper's scale, for GPUs
 # bash run.sh data        downloads what the full run needs
 # bash run.sh list        prints the full run's commands, longest first; list quick and list overnight print theirs
@@ -76,9 +76,9 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
 }
 
 # Settings in which small ResNets memorize noisy labels, found on seed 0, which overnight does not use
-quick_resnets="label_noise.py --filters 2 4 8 --noise 0.5 --train-size 500 --batch-size 32 --epochs 8 --seed 0 1"
+quick_resnets="label_noise.py --filters 2 4 8 --noise 0.5 --train-size 500 --batch-size 32 --epochs 8"
 quick_resnet_rhos="0.05 0.1"
-overnight_resnets="label_noise.py --filters 4 8 16 --noise 0.5 --train-size 4000 --val-size 1000 --epochs 30 --seed 1 2 3"
+overnight_resnets="label_noise.py --filters 4 8 16 --noise 0.5 --train-size 4000 --val-size 1000 --epochs 30"
 overnight_resnet_rhos="0.05 0.1"
 
 overnight() { # an empty line ends a row: the rows stay in order, since the last ones may not be reached
@@ -110,7 +110,7 @@ overnight() { # an empty line ends a row: the rows stay in order, since the last
     both "0.1 0.2" mlp_width.py --hidden 300 300-300 300-300-300 300-300-300-300 --epochs 30 $three
     sgd mlp_width.py --hidden $widths --epochs 60 $three
     echo
-    both "$overnight_resnet_rhos" $overnight_resnets --dataset mnist
+    both "$overnight_resnet_rhos" $overnight_resnets --dataset mnist --seed 1 2 3
     echo
     both "0.1 0.2" mlp_width.py --hidden 3000-1000 $three
 }
@@ -123,7 +123,7 @@ quick() { # a row, the longest first: two cores then end at about the same time
     both "0.05 0.1" label_noise.py --hidden 75-25 300-100 --noise 0.75 --epochs 20 $two
     sam "0.1 0.2" $noisy --perturb last $two
     sam "0.1 0.2" $noisy --perturb rest $two
-    both "$quick_resnet_rhos" $quick_resnets $mini
+    both "$quick_resnet_rhos" $quick_resnets $two
     both "0.1 0.2 0.5" mlp_width.py --dataset teacher --hidden 100 400 1000 --val-size 2000 --epochs 20 --seed 0 1
     both 0.2 mlp_width.py --dataset curve --hidden 10 100 1000 --epochs 6 --seed 0 1
     both 0.2 mlp_width.py --dataset curve-scaled --hidden 10 100 1000 --epochs 6 --seed 0 1
@@ -132,8 +132,8 @@ quick() { # a row, the longest first: two cores then end at about the same time
     sgd $clean --epochs 30 $two
     both "0.1 0.2" mlp_width.py --hidden 100 100-100 100-100-100 100-100-100-100 --epochs 15 $two
     equal "random snip" "300-100:0.7723 1200-400:0.9583" "0.1 0.2" --hidden "--epochs 15 $two"
-    both "0.05 0.1 0.2" mlp_width.py --hidden 75-25 300-100 --train-size 500 --epochs 100 --loss mse --schedule constant \
-        --lr 0.05 --momentum 0 --weight-decay 0 --sharpness 50 $two
+    both "0.05 0.1 0.2" mlp_width.py --hidden 75-25 300-100 --train-size 500 --epochs 100 --loss mse \
+        --schedule constant --lr 0.05 --momentum 0 --weight-decay 0 --sharpness 50 $two
     both 0.05 mlp_width.py --hidden 30-10 300-100 --schedule constant --epochs 20 $two
 }
 
@@ -188,8 +188,9 @@ meets() { # meets FILE: whether this Python has what the requirements ask for
     python -c 'if True:
         import importlib.metadata as metadata, re, sys
         numbers = lambda version: [int(n) for n in re.findall(r"\d+", version.split("+")[0])]
-        asked = re.findall(r"^([\w-]+)>=([\d.]+)", sys.stdin.read(), re.M)
-        sys.exit(any(numbers(metadata.version(name)) < numbers(bound) for name, bound in asked))' 2>/dev/null <<<"$(cat requirements.txt "$1")"
+        asked = re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(open(name).read() for name in sys.argv[1:]), re.M)
+        sys.exit(any(numbers(metadata.version(name)) < numbers(bound) for name, bound in asked))
+    ' requirements.txt "$1" 2>/dev/null
 }
 
 setup() { # setup FILE: a Python that meets the requirements: this one, or one in .venv
@@ -200,7 +201,7 @@ setup() { # setup FILE: a Python that meets the requirements: this one, or one i
     ! { new_enough && meets "$1"; } || return 0
     if ! { new_enough && { python -m pip --version || python -m ensurepip; } >/dev/null 2>&1; }; then
         echo "making .venv"
-        "$base" -m venv --clear .venv >/dev/null 2>&1 || refuse "$base -m venv .venv fails (Debian: apt install python3-venv)"
+        "$base" -m venv --clear .venv >/dev/null 2>&1 || refuse "$base -m venv .venv fails (is python3-venv installed?)"
     fi
     echo "installing $1 into .venv"
     python -m pip install -q --disable-pip-version-check -r "$1" 2>.venv/pip.log ||
@@ -216,7 +217,8 @@ download() { # what the commands on standard input train on that torchvision has
 
 job() { # job INDEX COMMAND...: one command, its output on the screen and in a log
     local log=$LOGS/$1.log gpus # xargs numbers its SLOTs from 0: a command takes the GPU of one that has ended
-    gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, - || true)}
+    gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, - || true)
+    gpus=${CUDA_VISIBLE_DEVICES-$gpus}
     if [ -n "$gpus" ]; then
         IFS=, read -ra gpus <<<"$gpus"
         export CUDA_VISIBLE_DEVICES=${gpus[$((${SLOT:-$1} % ${#gpus[@]}))]}
@@ -292,5 +294,5 @@ case "$*" in
         python -m pytest -q "${@:2}"
         ;;
     help) sed -n '2,/^set/s/^# \{0,1\}//p' run.sh ;;
-    *) refuse "no command '$*'; the commands are quick, overnight, data, list, test and help, or none for the full run" ;;
+    *) refuse "no command '$*'; try quick, overnight, data, list, test or help, or none for the full run" ;;
 esac

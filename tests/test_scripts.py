@@ -1,4 +1,4 @@
-"""The scripts, run.sh and a copied SAM class, each as a user starts it, on data/mini."""
+"""The scripts and a copied SAM class, each as a user starts it, on data/mini."""
 
 import json
 import math
@@ -116,23 +116,6 @@ def test_plot_draws_every_figure(folder, tmp_path):
     names = ("gain_by_width", "accuracy_by_width", "rho", "label_noise", "sparsity", "curves")
     assert {p.name for p in tmp_path.iterdir()} == {"summary.md", *(f"{name}.png" for name in names)}
     assert all((tmp_path / f"{name}.png").stat().st_size > 20_000 for name in names)
-
-
-def test_run_sh_list_prints_commands_that_parse():
-    done = call("bash", "run.sh", "list")
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == len(set(lines)) > 40
-    for line in lines:
-        assert line.startswith("python ") and line.split()[1] in {f"{script}.py" for script in SCRIPTS}
-    assert sum("--sam" in line for line in lines) == len(lines) / 2
-    short = subprocess.run(
-        ["bash", "run.sh", "list"],
-        env={**os.environ, "SEEDS": "7", "FILTERS": "4", "HIDDEN": "75-25"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert "--seed 7" in short and len(short.splitlines()) < len(lines)
 
 
 def test_help_names_every_flag():

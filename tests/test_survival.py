@@ -1,4 +1,4 @@
-"""What kills, signals, torn files, a full disk, divergence and a second process do to a run, and failures to run.sh.
+"""What kills, signals, torn files, a full disk, divergence and a second process do to a run.
 
 KILLS=24 python -m pytest tests/test_survival.py -k killed    the full form of the first test; in the suite 4 kills
 """
@@ -242,72 +242,3 @@ def test_a_full_disk_is_one_line_and_what_was_written_before_is_intact(copy, tin
     assert "--results" in run(command, tmp_path, status=2, lines=1, preexec_fn=nearly_full)
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == copy
     assert [path.read_bytes() for path in copy] == [path.read_bytes() for path in tiny]
-
-
-@pytest.fixture
-def clone(tmp_path):
-    """A copy of the programs, and a Python that does nothing but note what it is told, and fails at one width."""
-    for path in (*ROOT.glob("*.py"), ROOT / "run.sh", ROOT / "requirements.txt"):
-        shutil.copy(path, tmp_path)
-    fake = tmp_path / "fake"
-    fake.write_text(
-        "#!/bin/sh\necho $* >>calls\necho starts $CUDA_VISIBLE_DEVICES >>gpus\n"
-        "case $* in *150-50*) echo broken >&2; exit 3;; *--sam*) sleep 0.3;; esac\n"
-        "echo ends $CUDA_VISIBLE_DEVICES >>gpus\n"
-    )
-    fake.chmod(0o755)
-    return tmp_path
-
-
-def run_sh(clone, *argv, **variables):
-    env = {**ENV, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", **variables}
-    return subprocess.run(["bash", "run.sh", *argv], cwd=clone, env=env, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_run_sh_names_a_command_that_fails_and_ends(clone, jobs):
-    done = run_sh(clone, PYTHON=str(clone / "fake"), HIDDEN="75-25 150-50 300-100", FILTERS="4", JOBS=jobs)
-    assert done.returncode == 1
-    assert "failed: python mlp_width.py --hidden 150-50" in done.stderr and "goes on" in done.stderr
-    started = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
-    assert 3 <= len(started) <= 4 and not any("300-100" in line for line in started)
-    logs = [path.read_text() for path in sorted((clone / "results" / "logs").iterdir())]
-    assert any("broken" in log for log in logs)
-    assert "plot.py" not in (clone / "calls").read_text()
-
-
-def test_run_sh_draws_when_every_command_has_ended(clone):
-    done = run_sh(clone, PYTHON=str(clone / "fake"), HIDDEN="75-25", FILTERS="4", NOISE_FILTERS="4", JOBS="2")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(list((clone / "results" / "logs").iterdir())) == 12
-    assert (clone / "calls").read_text().splitlines()[-1] == "plot.py --results results --figures figures"
-
-
-def test_run_sh_gives_each_command_a_gpu_that_is_free(clone):
-    variables = {
-        "CUDA_VISIBLE_DEVICES": "3,GPU-5",
-        "JOBS": "2",
-        "HIDDEN": "75-25",
-        "FILTERS": "4",
-        "NOISE_FILTERS": "4",
-    }
-    assert run_sh(clone, PYTHON=str(clone / "fake"), **variables).returncode == 0
-    events = [line.split() for line in (clone / "gpus").read_text().splitlines() if line.split()[1] != "3,GPU-5"]
-    assert len(events) == 24 and {gpu for _, gpu in events} == {"3", "GPU-5"}
-    for gpu in ("3", "GPU-5"):
-        turns = [event for event, of in events if of == gpu]
-        assert turns == ["starts", "ends"] * (len(turns) // 2)
-
-
-@pytest.mark.parametrize(
-    "argv, variables, names",
-    [
-        (["quik"], {}, "quik"),
-        ([], {"PYTHON": "no-such-python"}, "no-such-python"),
-        ([], {"PYTHON": sys.executable}, "downloaded"),
-    ],
-)
-def test_run_sh_says_in_one_line_what_it_cannot_do(clone, argv, variables, names):
-    done = run_sh(clone, *argv, **variables)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert names in done.stderr
