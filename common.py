@@ -230,34 +230,43 @@ def open_image(path):
         raise ValueError(f"{path}: is not an image that can be read; replace or remove it ({error})") from error
 
 
-def image_folder(root, train):
-    """torchvision's ImageFolder of root's train/, or test/ or val/, in one fixed shuffled order of its (path, label)s.
+@functools.lru_cache(maxsize=1)
+def scan_folder(root):
+    """((paths, labels), (test paths, test labels), number of classes) of a folder: the main process looks, once.
 
-    Shuffled so that the first N images, and the last N, have every class.
+    Paths as bytes, for os.fsdecode. In one fixed shuffled order: the first N images, and the last N, have every class.
     """
     from torchvision.datasets import ImageFolder
 
-    names = ["train"] if train else ["test", "val"]
-    folder = next((Path(root, name) for name in names if Path(root, name).is_dir()), None)
-    if folder is None:
-        exit_with_error(f"--dataset {root}: has no folder {' or '.join(names)}, with a folder of images for each class")
-    try:
-        data = ImageFolder(folder)
-    except FileNotFoundError as error:  # no class folders, or one without images
-        exit_with_error(f"--dataset {root}: {error}")
-    if len(data.classes) < 2:
+    def scan(*names):
+        folder = next((Path(root, name) for name in names if Path(root, name).is_dir()), None)
+        if folder is None:
+            missing = f"{' or '.join(names)}, with a folder of images for each class"
+            exit_with_error(f"--dataset {root}: has no folder {missing}")
+        try:
+            data = ImageFolder(folder)
+        except FileNotFoundError as error:  # no class folders, or one without images
+            exit_with_error(f"--dataset {root}: {error}")
+        order = np.random.default_rng(0).permutation(len(data.samples))
+        paths = np.array([os.fsencode(path) for path, _ in data.samples])
+        return paths[order], torch.tensor(data.targets)[order], data.classes
+
+    found = from_main([scan("train"), scan("test", "val")] if is_main() else None)
+    (*train, classes), (*test, test_classes) = found
+    if len(classes) < 2:
         exit_with_error(f"--dataset {root}: has one class of images, but needs two or more")
-    data.samples = [data.samples[i] for i in np.random.default_rng(0).permutation(len(data.samples))]
-    return data
+    if classes != test_classes:
+        exit_with_error(f"--dataset {root}: its training and test images differ in classes")
+    return train, test, len(classes)
 
 
 @functools.lru_cache(maxsize=1)
 def read_folder(root):
     """The images of a folder of class folders, all of one size, as read_torchvision returns them."""
 
-    def read(data):
+    def read(paths, labels):
         images = []
-        for path, _ in tqdm(data.samples, f"reading {data.root}", disable=None, leave=False):
+        for path in map(os.fsdecode, tqdm(paths, f"reading {root}", disable=None, leave=False)):
             try:
                 pixels = np.asarray(open_image(path))
             except ValueError as error:
@@ -266,12 +275,9 @@ def read_folder(root):
             if images[-1].shape != images[0].shape:
                 shapes = f"{images[-1].shape}, the first image {images[0].shape} (H, W, C)"
                 exit_with_error(f"{path}: is {shapes}; make them alike, or give --image-size to resnet_width.py")
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor([y for _, y in data.samples])
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels
 
-    train, test = (image_folder(root, train) for train in (True, False))
-    if train.classes != test.classes:
-        exit_with_error(f"--dataset {root}: its training and test images differ in classes")
-    train, test = read(train), read(test)
+    train, test = (read(*part) for part in scan_folder(root)[:2])
     if train[0].shape[1:] != test[0].shape[1:]:
         exit_with_error(f"--dataset {root}: its training and test images differ in size or channels")
     return train, test
@@ -637,9 +643,9 @@ def require_same_everywhere(runs):
         exit_with_error(f"--results {runs[0].results}: is not one folder for all processes; name one that they share")
 
 
-def exit_with_error(message):
-    """Ends the program over something the user can mend: one line on stderr, exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
+def exit_with_error(message, everywhere=True):
+    """Ends the program over something the user can mend, seen by all processes or not: one line on stderr, status 2."""
+    if not everywhere or os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
