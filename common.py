@@ -369,11 +369,11 @@ def batches(data, config, epoch, *targets):
         yield normalize(inputs), *(tensor[share] for tensor in targets)
 
 
-def build_model(config, data):
+def build_model(config, data, resnet=ResNet18):
     """The network that --hidden or --filters asks for, its initial weights a function of the seed alone."""
     torch.manual_seed(config.seed)
     if config.filters:
-        return prepare(ResNet18(config.filters, data.shape[0], data.outputs), config)
+        return prepare(resnet(config.filters, data.shape[0], data.outputs), config)
     return prepare(MLP(map(int, config.hidden.split("-")), math.prod(data.shape), data.outputs), config)
 
 
