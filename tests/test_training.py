@@ -1,70 +1,66 @@
-"""Models, data, schedule, noise and masks against paper and arithmetic; the scripts' loops against a plain one."""
+"""Models, schedules, losses, noise, masks and names against paper and arithmetic; the scripts' loops against a plain
+one in float64."""
 
-import json
+import argparse
 import math
-import sys
+import statistics
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import assert_close, plain_run, result_of, runs, timeless, train
 
 import common
 import label_noise
 import mlp_width
 import resnet_width
 import sparsity
-from common import MLP, Data, ResNet18, Split, batches, crop_and_flip, normalize
+from common import MLP, SAM, ResNet18, learning_rate
 
-PARAMETERS = {
-    "75-25": 61_035,
-    "150-50": 125_810,
-    "300-100": 266_610,
-    "1200-400": 1_426_410,
-    "3000-1000": 5_366_010,
-    4: 44_622,
-    8: 176_402,
-    16: 701_466,
-    32: 2_797_610,
-    64: 11_173_962,
-    128: 44_662_922,
-    256: 178_585_866,
+MLP_COUNTS = {"75-25": 61_035, "150-50": 125_810, "300-100": 266_610, "1200-400": 1_426_410, "3000-1000": 5_366_010}
+RESNET_COUNTS = {
+    **{4: 44_622, 8: 176_402, 16: 701_466, 32: 2_797_610},
+    **{64: 11_173_962, 128: 44_662_922, 256: 178_585_866},
 }
+STEP3, STEP2 = (0.25, 0.5, 0.75), (0.5, 0.75)
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+def stepwise(milestones, lr=0.1):
+    return lambda step, steps: lr / 10 ** sum(step >= int(fraction * steps) for fraction in milestones)
 
 
-def runs(monkeypatch, tmp_path, script, *argv):
-    """The runs of a script's command line, on the first 300 training and all test images of data/mini."""
-    place = ["--data-dir", "data/mini", "--dataset", "mnist", "--device", "cpu", "--results", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", "--train-size", "300", *place, *map(str, argv)])
-    parsers = {mlp_width: {"hidden": ["300-100"]}, resnet_width: {"filters": [64]}}
-    parser = common.flags("", **parsers.get(script, {}))
-    if script is label_noise:
-        parser.add_argument("--noise", type=float, nargs="+", default=[0.5])
-    if script is sparsity:
-        parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
-        parser.add_argument("--pruner", default="random")
-    return common.parse(parser)
+def layers_of(hidden):
+    return tuple(map(int, hidden.split("-")))
 
 
-def history(script, config):
-    script.train(config)
-    rows = json.loads(common.Run.path_of(config).read_text())["history"]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+# ---------------------------------------------------------------------------------------------------------- the models
 
 
-@pytest.mark.parametrize("width", PARAMETERS)
+@pytest.mark.parametrize("width", [*MLP_COUNTS, *RESNET_COUNTS])
 def test_parameter_counts_are_the_papers(width):
     with torch.device("meta"):
-        model = ResNet18(width) if isinstance(width, int) else MLP(tuple(map(int, width.split("-"))))
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[width]
+        model = ResNet18(width) if isinstance(width, int) else MLP(layers_of(width))
+    assert sum(p.numel() for p in model.parameters()) == (MLP_COUNTS | RESNET_COUNTS)[width]
+
+
+@pytest.mark.parametrize("hidden", ["100", "7-5", "1000-1000-1000", "9-8-7-6"])
+def test_an_mlp_of_any_depth_has_the_parameters_of_its_layers(hidden):
+    widths = [784, *layers_of(hidden), 10]
+    with torch.device("meta"):
+        model = MLP(layers_of(hidden))
+    assert sum(p.numel() for p in model.parameters()) == sum(a * b + b for a, b in zip(widths, widths[1:]))
+    assert sum(isinstance(m, nn.ReLU) for m in model) == len(widths) - 2
+
+
+@pytest.mark.parametrize(
+    ("dataset", "per_unit", "more"), [("teacher", 102, 1), ("curve", 3, 0), ("curve-scaled", 3, 0)]
+)
+def test_the_regressions_have_the_papers_parameters(tmp_path, dataset, per_unit, more):
+    argv = ["--dataset", dataset, "--train-size", 60, "--epochs", 1]
+    for config in runs(mlp_width, tmp_path, *argv, "--hidden", 10, 300):
+        assert train(mlp_width, config)["num_params"] == per_unit * int(config.hidden) + more
 
 
 @pytest.mark.parametrize("model", [MLP((600, 400)), ResNet18(16)])
@@ -88,65 +84,141 @@ def test_the_resnet_halves_its_resolution_thrice():
     assert shapes[1::2] == [(2, 32, 32), (4, 16, 16), (8, 8, 8), (16, 4, 4)]
 
 
+def test_amp_computes_in_bfloat16_and_gives_float32_and_nothing_else_does(tmp_path):
+    seen = []
+    for flag in ([], ["--amp"]):
+        (config,) = runs(mlp_width, tmp_path, "--hidden", 9, *flag)
+        model = common.build_model(config, common.load_data(config))
+        model[1].register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+        assert model(torch.rand(4, 1, 28, 28)).dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_compile_compiles_and_nothing_else_does(monkeypatch, tmp_path):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda model: compiled.append(model))
+    for flag in ([], ["--compile"]):
+        (config,) = runs(mlp_width, tmp_path, "--hidden", 9, *flag)
+        model = common.build_model(config, common.load_data(config))
+    assert compiled == [model]
+
+
+def test_a_network_is_laid_out_as_its_device_likes_it(tmp_path):
+    for filters, expected in ((4, torch.contiguous_format), (8, torch.channels_last)):
+        (config,) = runs(resnet_width, tmp_path, "--filters", filters, "--train-size", 300)
+        kernel = common.build_model(config, common.load_data(config))[3].conv1.weight
+        assert kernel.is_contiguous(memory_format=expected)
+
+
+# ------------------------------------------------------------------------------------------------- defaults, schedules
+
+WORKLOADS = {  # of paper.md; the teacher's rate, schedule and momentum are ours
+    (mlp_width, ""): ("mnist", 100, 128, 0.1, 0.9, 1e-4, "ce", "step", STEP3),
+    (mlp_width, "--dataset teacher"): ("teacher", 100, 128, 0.01, 0, 0, "mse", "step", STEP2),
+    (mlp_width, "--dataset curve"): ("curve", 60, 6, 1.5e-4, 0, 0, "mse", "constant", ()),
+    (mlp_width, "--dataset curve-scaled"): ("curve-scaled", 60, 6, 1.5e-4, 0, 0, "mse", "constant", ()),
+    (resnet_width, ""): ("cifar10", 200, 128, 0.1, 0.9, 5e-4, "ce", "step", STEP2),
+    (label_noise, "--hidden 9"): ("mnist", 100, 128, 0.1, 0.9, 1e-4, "ce", "step", STEP3),
+    (label_noise, "--filters 9"): ("cifar10", 200, 128, 0.1, 0.9, 5e-4, "ce", "step", STEP2),
+    (sparsity, "--hidden 9"): ("mnist", 100, 128, 0.1, 0.9, 1e-4, "ce", "step", STEP3),
+    (sparsity, "--filters 9"): ("cifar10", 200, 128, 0.1, 0.9, 5e-4, "ce", "step", STEP2),
+}
+
+
+@pytest.mark.parametrize(("script", "argv"), WORKLOADS, ids=lambda x: getattr(x, "__name__", x))
+def test_defaults_are_the_papers(monkeypatch, tmp_path, script, argv):
+    monkeypatch.setattr("helpers.MINI", [])
+    (config,) = runs(script, tmp_path, *argv.split())
+    keys = "dataset epochs batch_size lr momentum weight_decay loss schedule milestones".split()
+    assert tuple(getattr(config, key) for key in keys) == WORKLOADS[script, argv]
+    more = (config.warmup, config.perturb, config.sharpness, config.seed, config.sam, config.rho, config.processes)
+    assert more == (0, "all", 0, 0, False, None, 1)
+    assert getattr(config, "noise", 0.5) == 0.5 and getattr(config, "sparsity", 0.9) == 0.9
+    (config,) = runs(script, tmp_path, *argv.split(), "--sam")
+    assert config.rho == 0.05
+
+
+def rates(epochs, steps_per_epoch, **settings):
+    config = argparse.Namespace(epochs=epochs, lr=0.1, **{"warmup": 0, "milestones": (), **settings})
+    return [learning_rate(config, step, steps_per_epoch) for step in range(epochs * steps_per_epoch)]
+
+
 @pytest.mark.parametrize(
-    ("model", "epochs", "updates", "drops"),
-    [("hidden", 20, 469, (2345, 4690, 7035)), ("filters", 20, 391, (3910, 5865)), ("hidden", 3, 7, (5, 10, 15))],
+    ("milestones", "epochs", "updates", "drops"),
+    [(STEP3, 20, 469, (2345, 4690, 7035)), (STEP2, 20, 391, (3910, 5865)), (STEP3, 3, 7, (5, 10, 15))],
 )
-def test_the_learning_rate_drops_at_the_papers_updates(model, epochs, updates, drops):
-    config = common.argparse.Namespace(lr=0.1, hidden=None, filters=None)
-    setattr(config, model, 1)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    for step in range(epochs * updates):
-        common.set_learning_rate(config, optimizer, step, epochs * updates)
-        assert math.isclose(optimizer.param_groups[0]["lr"], 0.1 / 10 ** sum(step >= drop for drop in drops))
+def test_the_learning_rate_drops_at_the_papers_updates(milestones, epochs, updates, drops):
+    for step, rate in enumerate(rates(epochs, updates, schedule="step", milestones=milestones)):
+        assert math.isclose(rate, 0.1 / 10 ** sum(step >= drop for drop in drops))
 
 
-def test_crops_and_flips_equal_pixel_by_pixel_copies():
-    images = torch.randint(1, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    moves = torch.from_numpy(np.random.default_rng(0).integers(0, (9, 9, 2), (40, 3)))
-    out = crop_and_flip(images, moves)
-    assert out.is_contiguous() and out.dtype == torch.uint8
-    for image, (top, left, flip), result in zip(images.numpy(), moves.tolist(), out.numpy()):
-        padded = np.zeros((3, 40, 40), dtype=np.uint8)
-        padded[:, 4:36, 4:36] = image
-        crop = padded[:, top : top + 32, left : left + 32]
-        assert np.array_equal(result, crop[:, :, ::-1] if flip else crop)
+def test_a_constant_rate_is_constant():
+    assert set(rates(3, 7, schedule="constant", milestones=STEP3)) == {0.1}
 
 
-def test_normalization_is_the_papers():
-    images = torch.full((1, 3, 2, 2), 128, dtype=torch.uint8)
-    expected = (128 / 255 - torch.tensor([0.4914, 0.4822, 0.4465])) / torch.tensor([0.2023, 0.1994, 0.2010])
-    torch.testing.assert_close(normalize(images)[0, :, 0, 0], expected)
-    assert torch.equal(normalize(images[:, :1]), images[:, :1].float() / 255)
+def test_a_cosine_falls_from_the_rate_to_nearly_0_by_its_closed_form():
+    found = rates(4, 25, schedule="cosine")
+    assert found[0] == 0.1 and math.isclose(found[50], 0.05)
+    for step, rate in enumerate(found):
+        assert math.isclose(rate, 0.1 * math.cos(math.pi * step / 200) ** 2)  # (1 + cos x) / 2 = cos(x / 2)^2
+    assert 0 < found[-1] < 1e-4
 
 
-def fake_data(n=50, channels=3, augment=True):
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (n, channels, 32, 32), dtype=torch.uint8, generator=generator)
-    split = Split(images, torch.arange(n) % 10)
-    return Data(split, Split(images[:0], split.labels[:0]), split, 10, augment)
+@pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
+def test_a_warm_up_is_linear_and_meets_the_schedule_without_a_jump(schedule):
+    found = rates(4, 25, schedule=schedule, warmup=10, milestones=STEP2)
+    assert [round(rate, 12) for rate in found[:11]] == [round(0.01 * (i + 1), 12) for i in range(10)] + [0.1]
+    if schedule == "cosine":  # over the updates that are left
+        assert all(math.isclose(found[10 + i], 0.1 * math.cos(math.pi * i / 180) ** 2) for i in range(90))
+    else:
+        assert found[10:] == rates(4, 25, schedule=schedule, milestones=STEP2)[10:]
 
 
-def epoch_of(seed, epoch, size=16, data=None):
-    config = common.argparse.Namespace(seed=seed, batch_size=size, device="cpu")
-    data = data or fake_data()
-    return list(batches(data, config, epoch, data.train.labels, torch.arange(len(data.train.labels))))
+# ------------------------------------------------------------------------------------------------- losses and accuracy
 
 
-def test_an_epoch_has_every_image_once_and_its_last_small_batch():
-    assert [len(index) for *_, index in epoch_of(0, 1)] == [16, 16, 16, 2]
-    index = torch.cat([index for *_, index in epoch_of(0, 1)])
-    assert sorted(index.tolist()) == list(range(50))
-    assert torch.equal(torch.cat([y for _, y, _ in epoch_of(0, 1)]), index % 10)
+def test_the_squared_error_is_summed_over_outputs_and_averaged_over_the_batch():
+    outputs = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]])
+    labels = torch.tensor([2, 0])  # (1 + 4 + 4 + 1 + 0 + 1) / 2
+    assert common.LOSSES["mse"](outputs, labels) == 5.5
+    assert common.LOSSES["mse"](torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [1.0]])) == 2.5
+    assert common.LOSSES["mse"](torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]])) == 5
+    uniform = common.LOSSES["ce"](torch.zeros(2, 4), labels)
+    assert math.isclose(uniform, math.log(4), rel_tol=1e-6)
 
 
-def test_order_and_augmentation_are_functions_of_seed_and_epoch():
-    def same(a, b):
-        return all(torch.equal(x, y) for one, other in zip(a, b) for x, y in zip(one, other))
+def test_scores_are_those_of_all_batches_together_however_many_and_uneven():
+    rng = torch.Generator().manual_seed(0)
+    outputs = torch.randn(1000, 5, generator=rng, dtype=torch.float64)
+    labels, others = torch.randint(5, (2, 1000), generator=rng)
+    scores = common.Scores(F.cross_entropy)
+    sizes = [1 + i % 11 for i in range(200)]
+    edges = np.cumsum([0, *(size for size in sizes)])
+    edges = [*edges[edges < 1000], 1000]
+    for a, b in zip(edges, edges[1:]):
+        scores.add(outputs[a:b], labels[a:b], others[a:b])
+    means = scores.means("train_loss", "train_acc", "train_clean_acc")
+    assert len(edges) > 130
+    log_p = outputs - outputs.exp().sum(1, keepdim=True).log()
+    expected = -statistics.fmean(log_p[i, y].item() for i, y in enumerate(labels))
+    assert math.isclose(means["train_loss"], expected, rel_tol=1e-12)
+    best = [row.index(max(row)) for row in outputs.tolist()]
+    assert means["train_acc"] == sum(a == b for a, b in zip(best, labels.tolist())) / 1000
+    assert means["train_clean_acc"] == sum(a == b for a, b in zip(best, others.tolist())) / 1000
 
-    assert same(epoch_of(3, 2), epoch_of(3, 2))
-    for other in (epoch_of(3, 3), epoch_of(4, 2), epoch_of(2, 3)):
-        assert not same(epoch_of(3, 2), other)
+
+def test_a_regression_has_no_accuracy(tmp_path):
+    (config,) = runs(
+        mlp_width, tmp_path, *"--dataset teacher --hidden 9 --train-size 60 --val-size 60 --epochs 2".split()
+    )
+    result = train(mlp_width, config)
+    losses = {"epoch", "lr", "seconds", "train_loss", "test_loss", "val_loss"}
+    assert [row.keys() for row in result["history"]] == [losses, losses]
+    assert result["test_acc"] is None and result["best_test_acc"] is None
+    assert result["test_loss"] == result["history"][-1]["test_loss"]
+
+
+# ----------------------------------------------------------------------------------------------------- noise and masks
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.25, 0.5, 0.777, 1.0])
@@ -167,17 +239,25 @@ def test_flipped_labels_are_uniform_over_the_other_classes():
     assert ((counts[1:] - 10_000) ** 2 / 10_000).sum() < 26.1  # chi square, 8 degrees of freedom, 0.1%
 
 
+def test_the_images_of_a_lower_noise_rate_are_among_those_of_a_higher_one():
+    labels = torch.zeros(1000, dtype=torch.int64)
+    few, many = (label_noise.flip_labels(labels, noise, 10, seed=3) != 0 for noise in (0.2, 0.6))
+    assert few.sum() == 200 and torch.all(many[few])
+    assert abs(few[:500].sum() - 100) < 40  # spread over the data, not its first rows
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.937])
 @pytest.mark.parametrize("pruner", ["random", "snip", "magnitude"])
-def test_masks_remove_exactly_what_was_asked(monkeypatch, tmp_path, pruner, rate):
-    (config,) = runs(monkeypatch, tmp_path, sparsity, "--filters", 2, "--pruner", pruner, "--sparsity", rate)
+def test_masks_remove_exactly_what_was_asked(tmp_path, pruner, rate):
+    argv = ["--filters", 2, "--pruner", pruner, "--sparsity", rate, "--train-size", 300, "--batch-size", 16]
+    (config,) = runs(sparsity, tmp_path, *argv)
     data = common.load_data(config)
     model = common.build_model(config, data)
     kernels = [p for p in model.parameters() if p.ndim > 1]
-    statistics = [b.clone() for b in model.buffers()]
+    statistics_before = [b.clone() for b in model.buffers()]
     weights = [w.clone() for w in kernels]
-    masks = sparsity.prune(model, kernels, config, data)
-    assert all(map(torch.equal, statistics, model.buffers())) and all(map(torch.equal, weights, kernels))
+    masks = sparsity.prune(model, kernels, F.cross_entropy, config, data)
+    assert all(map(torch.equal, statistics_before, model.buffers())) and all(map(torch.equal, weights, kernels))
     removed = [int((~mask).sum()) for mask in masks]
     if pruner == "random":
         assert removed == [round(rate * w.numel()) for w in kernels]
@@ -185,7 +265,7 @@ def test_masks_remove_exactly_what_was_asked(monkeypatch, tmp_path, pruner, rate
     assert sum(removed) == round(rate * sum(w.numel() for w in kernels))
     scores = [w.abs() for w in kernels]
     if pruner == "snip":
-        images, y = next(batches(data, config, 1, data.train.labels))
+        images, y = next(common.batches(data, config, 1))
         model.zero_grad()
         F.cross_entropy(model.double()(images.double()), y).backward()
         scores = [(w * w.grad).abs() for w in kernels]
@@ -194,19 +274,32 @@ def test_masks_remove_exactly_what_was_asked(monkeypatch, tmp_path, pruner, rate
         assert gone <= min(s[mask].min() for s, mask in zip(scores, masks) if mask.any())
 
 
-def test_snip_prunes_alike_whatever_kernels_compute_the_gradient(monkeypatch, tmp_path):
-    (config,) = runs(monkeypatch, tmp_path, sparsity, "--filters", 8, "--pruner", "snip")
+def test_snip_prunes_alike_whatever_kernels_compute_the_gradient(tmp_path):
+    (config,) = runs(sparsity, tmp_path, "--filters", 8, "--pruner", "snip", "--train-size", 300, "--batch-size", 8)
     data, found = common.load_data(config), []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model = common.build_model(config, data).to(memory_format=memory_format)
-        found.append(sparsity.prune(model, [p for p in model.parameters() if p.ndim > 1], config, data))
+        kernels = [p for p in model.parameters() if p.ndim > 1]
+        found.append(sparsity.prune(model, kernels, F.cross_entropy, config, data))
     assert all(map(torch.equal, *found))
+
+
+def test_random_masks_are_functions_of_the_seed(tmp_path):
+    argv = ["--hidden", "30-20", "--train-size", 300, "--seed", 0, 1]
+    found = []
+    for config in runs(sparsity, tmp_path, *argv) * 2:
+        data = common.load_data(config)
+        model = common.build_model(config, data)
+        kernels = [p for p in model.parameters() if p.ndim > 1]
+        found.append(torch.cat([m.flatten() for m in sparsity.prune(model, kernels, None, config, data)]))
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert 0.15 < (found[0] != found[1]).double().mean() < 0.21  # 2 x 0.9 x 0.1, as if independent
 
 
 @pytest.mark.parametrize("optimizer", [[], ["--sam", "--rho", 0.3], ["--sam", "--rho", 0.3, "--adaptive"]])
 def test_pruned_weights_are_zero_at_every_step(monkeypatch, tmp_path, optimizer):
-    argv = ["--hidden", "20-10", "--epochs", 2, "--weight-decay", 0.1, *optimizer]
-    (config,) = runs(monkeypatch, tmp_path, sparsity, *argv)
+    argv = ["--hidden", "20-10", "--epochs", 2, "--weight-decay", 0.1, "--train-size", 300, *optimizer]
+    (config,) = runs(sparsity, tmp_path, *argv)
     seen = []
 
     def watch(model, inputs):  # called at w and, under SAM, at w + e
@@ -214,129 +307,152 @@ def test_pruned_weights_are_zero_at_every_step(monkeypatch, tmp_path, optimizer)
 
     build = common.build_model
     monkeypatch.setattr(sparsity, "build_model", lambda *a: (m := build(*a)).register_forward_pre_hook(watch) and m)
-    history(sparsity, config)
-    result = json.loads(common.Run.path_of(config).read_text())
+    result = train(sparsity, config)
     removed = sum(round(0.9 * n) for n in (784 * 20, 20 * 10, 10 * 10))
     assert result["num_params"] - result["num_nonzero"] == removed
     assert len(seen) >= 10 and set(seen) == {removed}
 
 
-def plain_run(model, images, labels, test, seed, epochs, milestones, rho, lr=0.1, size=128, augment=None):
-    """The training loop as a textbook has it: no shared code, per-parameter SAM, `.item()` at every step."""
-    params, buffers, rows = list(model.parameters()), [torch.zeros_like(p) for p in model.parameters()], []
-    weight_decay = 5e-4 if any(p.ndim == 4 for p in params) else 1e-4
-    updates = math.ceil(len(labels) / size)
-    for epoch in range(1, epochs + 1):
-        rng = np.random.default_rng((seed, epoch))
-        order = rng.permutation(len(labels))
-        moves = rng.integers(0, (9, 9, 2), (len(labels), 3)) if augment else None
-        model.train()
-        losses, correct = 0.0, 0
-        for i in range(updates):
-            rows_of_batch = slice(i * size, (i + 1) * size)
-            index = order[rows_of_batch]
-            x, y = images[index], labels[index]
-            if augment:
-                x = torch.stack([augment(image, *move) for image, move in zip(x, moves[rows_of_batch].tolist())])
-            x = x / 255
-            if x.shape[1] == 3:
-                x = (x - torch.tensor(common.MEAN).view(3, 1, 1)) / torch.tensor(common.STD).view(3, 1, 1)
-            loss = F.cross_entropy(logits := model(x), y)
-            grads = torch.autograd.grad(loss, params)
-            losses += loss.item() * len(y)
-            correct += (logits.argmax(1) == y).sum().item()
-            if rho:
-                state = [b.clone() for b in model.buffers()]
-                norm = sum((g**2).sum() for g in grads).sqrt()
-                moved = [rho * g / norm for g in grads]
-                with torch.no_grad():
-                    for p, e in zip(params, moved):
-                        p.add_(e)
-                grads = torch.autograd.grad(F.cross_entropy(model(x), y), params)
-                with torch.no_grad():
-                    for p, e in zip(params, moved):
-                        p.sub_(e)
-                    for b, old in zip(model.buffers(), state):
-                        b.copy_(old)
-            step = (epoch - 1) * updates + i
-            rate = lr / 10 ** sum(step >= int(m * epochs * updates) for m in milestones)
-            with torch.no_grad():
-                for p, g, b in zip(params, grads, buffers):
-                    b.mul_(0.9).add_(g + weight_decay * p)
-                    p.sub_(rate * b)
-        model.eval()
-        with torch.no_grad():
-            logits = model(normalize(test.images))
-        score = F.cross_entropy(logits, test.labels).item(), (logits.argmax(1) == test.labels).double().mean().item()
-        rows.append((losses / len(labels), correct / len(labels), *score))
-    return rows
+# --------------------------------------------------------------------------------------------------- where SAM perturbs
 
 
-def shift(image, top, left, flip):
-    crop = F.pad(image, [4] * 4)[:, top : top + 32, left : left + 32]
-    return crop.flip(2) if flip else crop
+@pytest.mark.parametrize("perturb", ["all", "last", "rest"])
+@pytest.mark.parametrize("make", [lambda: MLP((7, 5), 12, 3), lambda: ResNet18(1, 1, 3)], ids=["mlp", "resnet"])
+def test_the_layers_that_sam_perturbs_move_by_rho_and_no_other(make, perturb):
+    torch.manual_seed(0)
+    model = make()
+    x = torch.rand(6, 12) if len(model) < 8 else torch.rand(6, 1, 8, 8)
+    F.cross_entropy(model(x), torch.arange(6) % 3).backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    common.drop_gradients(model, perturb)
+    SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.7).perturb()
+    moves = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    last = {f"{len(model) - 1}.weight", f"{len(model) - 1}.bias"}
+    expected = {"all": set(moves), "last": last, "rest": set(moves) - last}[perturb]
+    assert {name for name, move in moves.items() if move.any()} <= expected
+    assert last & expected <= {name for name, move in moves.items() if move.any()}
+    total = math.sqrt(sum((move.double() ** 2).sum().item() for move in moves.values()))
+    assert math.isclose(total, 0.7, rel_tol=1e-4)
 
 
-@pytest.mark.parametrize("rho", [0, 0.1])
-@pytest.mark.parametrize("script", [mlp_width, resnet_width])
-def test_the_scripts_equal_a_plain_loop_in_float64(float64, monkeypatch, tmp_path, script, rho):
-    argv = ["--hidden", "30-20", "--epochs", 3] if script is mlp_width else ["--filters", 2, "--epochs", 2]
-    (config,) = runs(monkeypatch, tmp_path, script, *argv, *(["--sam", "--rho", rho] if rho else []), "--seed", 5)
-    data = fake_data(200, augment=True) if script is resnet_width else common.load_data(config)
+def test_the_last_layers_share_of_the_squared_gradient():
+    model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Sequential(nn.Linear(2, 1)), nn.Flatten())
+    for p, g in zip(model.parameters(), ([[1.0], [2.0]], [0.0, 2.0], [[3.0, 0.0]], [1.0])):
+        p.grad = torch.tensor(g)  # 1 + 4 + 4 = 9 before the last layer, 9 + 1 = 10 in it
+    assert math.isclose(common.last_layer_share(model), 10 / 19, rel_tol=1e-6)
+    model[0].bias.grad = None
+    assert math.isclose(common.last_layer_share(model), 10 / 15, rel_tol=1e-6)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    assert common.last_layer_share(model) == 0
+
+
+# ------------------------------------------------------------------------------------------------ the loops of scripts
+
+CASES = [  # script, flags, learning rate
+    (mlp_width, "--hidden 30-20 --epochs 3", stepwise(STEP3)),
+    (mlp_width, "--hidden 30-20 --epochs 3 --sam --rho 0.1", stepwise(STEP3)),
+    (
+        mlp_width,
+        "--hidden 30 --loss mse --lr 0.02 --momentum 0.5 --schedule constant --warmup 4 --sam --rho 0.1 --perturb last",
+        lambda step, steps: 0.02 * min(1, (step + 1) / 4),
+    ),
+    (mlp_width, "--hidden 9 --sam --rho 0.5 --adaptive --perturb rest --weight-decay 0.1", stepwise(STEP3)),
+    (
+        mlp_width,
+        "--dataset curve --hidden 8 --sam --rho 0.2 --batch-size 50 --lr 1e-3 --schedule cosine",
+        lambda step, steps: 1e-3 * math.cos(math.pi * step / steps / 2) ** 2,
+    ),
+    (mlp_width, "--dataset teacher --hidden 8 --sam --rho 0.2 --val-size 90", stepwise(STEP2, 0.01)),
+    (resnet_width, "--filters 2 --batch-size 10", stepwise(STEP2)),
+    (resnet_width, "--filters 2 --batch-size 10 --sam --rho 0.1", stepwise(STEP2)),
+    (resnet_width, "--filters 8 --batch-size 10 --epochs 1 --sam --rho 0.1", stepwise(STEP2)),  # channels last
+    (label_noise, "--hidden 30-20 --noise 0.4 --val-size 100", stepwise(STEP3)),
+    (label_noise, "--hidden 30-20 --noise 0.4 --sam --rho 0.1 --adaptive", stepwise(STEP3)),
+    (label_noise, "--filters 2 --batch-size 10 --noise 0.6 --sam --rho 0.1 --perturb rest", stepwise(STEP2)),
+    (sparsity, "--hidden 30-20 --sparsity 0.8 --val-size 100", stepwise(STEP3)),
+    (sparsity, "--hidden 30-20 --sparsity 0.8 --pruner magnitude --sam --rho 0.1 --perturb last", stepwise(STEP3)),
+    (sparsity, "--filters 2 --batch-size 10 --sparsity 0.5 --pruner snip --sam --rho 0.1", stepwise(STEP2)),
+]
+
+
+def few(data, n):
+    """Test images that evaluation does not cut into batches of one size."""
+    return data._replace(test=common.Split(data.test.inputs[:n], data.test.targets[:n]))
+
+
+@pytest.mark.parametrize(("script", "argv", "rate"), CASES, ids=[f"{s.__name__} {argv}" for s, argv, _ in CASES])
+def test_the_scripts_equal_a_plain_loop_in_float64(float64, monkeypatch, tmp_path, fake_data, script, argv, rate):
+    (config,) = runs(script, tmp_path, *"--train-size 300 --seed 5 --epochs 2".split(), *argv.split())
+    data = fake_data(24, test=20) if config.filters else few(common.load_data(config), 1234)
     monkeypatch.setattr(script, "load_data", lambda config: data)
     torch.manual_seed(5)
-    milestones = (0.25, 0.5, 0.75) if script is mlp_width else (0.5, 0.75)
-    model = MLP((30, 20)) if script is mlp_width else ResNet18(2)
-    augment = shift if data.augment else None
-    expected = plain_run(model, *data.train, data.test, 5, config.epochs, milestones, rho, augment=augment)
-    rows = history(script, config)
-    names = ("train_loss", "train_acc", "test_loss", "test_acc")
-    assert len(rows) == config.epochs
-    for row, values in zip(rows, expected):
-        for name, value in zip(names, values):
-            assert math.isclose(row[name], value, rel_tol=1e-10, abs_tol=1e-10), (name, row[name], value)
+    channels, inputs = data.shape[0], math.prod(data.shape)
+    model = (
+        ResNet18(config.filters, channels, data.outputs)
+        if config.filters
+        else MLP(layers_of(config.hidden), inputs, data.outputs)
+    )
+    targets, masks = None, ()
+    if config.dataset == "curve":
+        monkeypatch.setattr(mlp_width, "GRID", mlp_width.GRID.double())
+        mlp_width.initialize_for_curve(model, config)
+    if script is label_noise:
+        targets = label_noise.flip_labels(data.train.targets, config.noise, 10, 5)
+    if script is sparsity:
+        kernels = [p for p in model.parameters() if p.ndim > 1]
+        masks = sparsity.prune(model, kernels, F.cross_entropy, config, data)
+        for w, mask in zip(kernels, masks):
+            w.data *= mask
+    expected = plain_run(model, data, config, rate, targets, masks)
+    assert_close(timeless(train(script, config)), expected)
 
 
-@pytest.mark.parametrize(
-    ("script", "argv"),
-    [
-        (mlp_width, ["--hidden", "30-20"]),
-        (resnet_width, ["--filters", 2]),
-        (label_noise, ["--hidden", "30-20"]),
-        (sparsity, ["--hidden", "30-20", "--pruner", "snip"]),
-    ],
-)
-def test_sam_with_a_vanishing_rho_reproduces_sgd(float64, monkeypatch, tmp_path, script, argv):
-    (sgd,) = runs(monkeypatch, tmp_path, script, *argv, "--epochs", 2)
-    (sam,) = runs(monkeypatch, tmp_path, script, *argv, "--epochs", 2, "--sam", "--rho", 1e-12)
-    if script is resnet_width:
-        monkeypatch.setattr(script, "load_data", lambda config: fake_data(200))
-    for ours, base in zip(history(script, sam), history(script, sgd)):
-        assert ours.keys() == base.keys()
-        for key in base:
-            assert math.isclose(ours[key], base[key], rel_tol=1e-6), key
+@pytest.mark.parametrize("script", [mlp_width, resnet_width, label_noise, sparsity], ids=lambda s: s.__name__)
+def test_batchnorm_counts_every_batch_once_in_every_script(monkeypatch, tmp_path, fake_data, script):
+    width = ["--hidden", 9] if script is mlp_width else ["--filters", 1]
+    argv = ["--sam", "--epochs", 2, *width, *(["--pruner", "snip"] if script is sparsity else [])]
+    (config,) = runs(script, tmp_path, *argv, "--batch-size", 8)
+    data, models = fake_data(20), []
+    monkeypatch.setattr(script, "load_data", lambda config: data)
+    recorder = script.Recorder
+
+    def record(config, model, optimizer):
+        models.append(model)
+        return recorder(config, model, optimizer)
+
+    monkeypatch.setattr(script, "Recorder", record)
+    monkeypatch.setattr(common, "MLP", lambda *a: MLP(*a).insert(2, nn.BatchNorm1d(9)))  # as a user may
+    train(script, config)
+    counters = [b.item() for key, b in models[0].named_buffers() if key.endswith("num_batches_tracked")]
+    assert counters and set(counters) == {2 * math.ceil(20 / 8)}
 
 
-def test_held_out_images_are_the_last_and_never_trained_on(monkeypatch, tmp_path):
-    (config,) = runs(monkeypatch, tmp_path, mlp_width, "--val-size", 100)
-    data, whole = common.load_data(config), common.read_dataset("mnist", "data/mini")[0]
-    assert torch.equal(data.val.images, whole[0][-100:]) and torch.equal(data.val.labels, whole[1][-100:])
-    assert torch.equal(data.train.images, whole[0][:300])
+# ------------------------------------------------------------------------------------------------------- runs and names
 
 
-def test_small_images_are_centred_in_zeros_for_a_resnet(monkeypatch, tmp_path):
-    (config,) = runs(monkeypatch, tmp_path, resnet_width, "--filters", 2)
-    images = common.load_data(config).train.images
-    assert images.shape == (300, 1, 32, 32)
-    assert torch.equal(images[:, :, 2:30, 2:30], common.read_dataset("mnist", "data/mini")[0][0][:300])
-    assert images.sum() == images[:, :, 2:30, 2:30].sum()
-
-
-def test_no_two_runs_share_a_name(monkeypatch, tmp_path):
+def test_no_two_runs_share_a_name(tmp_path):
     sweep = ["--hidden", "75-25", "300-100", "--seed", 0, 1, "--noise", 0, 0.5]
-    names = [c.name for c in runs(monkeypatch, tmp_path, label_noise, *sweep)]
-    for more in (["--sam", "--rho", 0.1, 0.2], ["--sam", "--adaptive"], ["--lr", 0.2], ["--amp"], ["--epochs", 7]):
-        names += [c.name for c in runs(monkeypatch, tmp_path, label_noise, *sweep, *more)]
-    names += [c.name for c in runs(monkeypatch, tmp_path, label_noise, *sweep, "--data-dir", "x" * 300)]
-    names += [c.name for c in runs(monkeypatch, tmp_path, label_noise, *sweep, "--data-dir", "x" * 301)]
-    assert len(set(names)) == len(names) == 8 * 9 and max(map(len, names)) < 200
+    names = [c.name for c in runs(label_noise, tmp_path, *sweep)]
+    more = "--sam --rho 0.1 0.2|--sam --adaptive|--lr 0.2|--amp|--epochs 7|--warmup 9|--loss mse|--schedule cosine|"
+    more += "--sharpness 10|--sam --perturb last|--sam --perturb rest|--train-size 50|--val-size 50|--batch-size 7|"
+    more += f"--data-dir {'x' * 300}|--data-dir {'x' * 301}|--momentum 0.5|--weight-decay 0.3|--dataset kmnist|--fp32"
+    for flags in more.split("|"):
+        names += [c.name for c in runs(label_noise, tmp_path, *sweep, *flags.split())]
+    assert len(set(names)) == len(names) == 8 * 22 and max(map(len, names)) < 200
+
+
+def test_where_a_run_happens_is_not_in_its_name(tmp_path):
+    plain, elsewhere = (runs(mlp_width, tmp_path, *more)[0] for more in ([], ["--device", "cpu:0", "--force"]))
+    assert plain.name == elsewhere.name and not common.difference(plain, vars(elsewhere))
+    train(mlp_width, runs(mlp_width, tmp_path, *"--hidden 9 --epochs 1 --device cpu:0".split())[0])
+    (config,) = runs(mlp_width, tmp_path, *"--hidden 9 --epochs 1".split())
+    assert common.result_path(config).exists() and not common.difference(config, result_of(tmp_path)["config"])
+
+
+def test_values_given_twice_train_once(tmp_path):
+    assert len(runs(mlp_width, tmp_path, "--seed", 0, 0)) == 1
+    sweep = runs(mlp_width, tmp_path, *"--seed 0 1 0 --hidden 9 9 8-7 --sam --rho 0.1 0.10 0.2".split())
+    assert [(c.hidden, c.rho, c.seed) for c in sweep] == [
+        (hidden, rho, seed) for hidden in ("9", "8-7") for rho in (0.1, 0.2) for seed in (0, 1)
+    ]
