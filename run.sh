@@ -35,7 +35,7 @@ export PYTHON=${PYTHON:-python3}
 # The commands. Several values of a flag are several runs; `lines` makes lines of them.
 
 sgd() { echo "python $*"; }
-sam() { sgd "${@:2}" --sam --rho "$1"; } # sam RADII COMMAND
+sam() { sgd "${@:2}" --sam --rho $1; } # sam RADII COMMAND
 both() { sgd "${@:2}" && sam "$@"; }
 equal() { # equal PRUNERS WIDTH:SPARSITY... RADII --hidden|--filters FLAGS: equally many weights left at every width
     local pruner pair
@@ -45,7 +45,7 @@ equal() { # equal PRUNERS WIDTH:SPARSITY... RADII --hidden|--filters FLAGS: equa
 }
 
 full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them from there
-    local mnist=${RHOS-0.01 0.02 0.05 0.1 0.2 0.5} cifar=${RHOS-0.001 0.005 0.01 0.02 0.05 0.1 0.2 0.5 1} item
+    local mnist=${RHOS-0.01 0.02 0.05 0.1 0.2 0.5} cifar=${RHOS-0.001 0.005 0.01 0.02 0.05 0.1 0.2 0.5 1} item radii
     local more="--val-size 5000 --seed $SEEDS" images="--val-size 5000 --seed $SEEDS${CIFAR10:+ --dataset $CIFAR10}"
     both "$mnist" mlp_width.py --hidden $HIDDEN --sharpness 100 $more
     both "$cifar" resnet_width.py --filters $FILTERS $images
@@ -70,8 +70,10 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
     both "${RHOS-0.05}" mlp_width.py --hidden $CONVERGENCE --schedule constant --epochs 20 $more
     both "${RHOS-0.05}" resnet_width.py --filters $CONVERGENCE_FILTERS --schedule constant --epochs 75 $images
     [ -z "$IMAGENET" ] || for item in $IMAGENET_FILTERS; do
-        both "${RHOS-$([ "$item" -gt 32 ] || echo 0.005) 0.01 0.02 0.05 0.1 0.2}" resnet_width.py --depth 50 \
-            --filters "$item" --dataset "$IMAGENET" --image-size 224 --workers 8 $more
+        radii="0.01 0.02 0.05 0.1 0.2"
+        [ "$item" -gt 32 ] || radii="0.005 $radii"
+        both "${RHOS-$radii}" resnet_width.py --filters "$item" --depth 50 --dataset "$IMAGENET" --image-size 224 \
+            --workers 8 $more
     done
 }
 
@@ -115,7 +117,7 @@ overnight() { # an empty line ends a row: the rows stay in order, since the last
     both "0.1 0.2" mlp_width.py --hidden 3000-1000 $three
 }
 
-quick() { # a row, the longest first: two cores then end at about the same time
+quick() {
     local mini="--val-size 500 --data-dir data/mini --dataset mnist"
     local two="$mini --seed 0 1" clean="mlp_width.py --hidden 75-25 300-100 1200-400"
     local noisy="label_noise.py --hidden 75-25 300-100 1200-400 --noise 0.5 --epochs 20"
@@ -187,7 +189,7 @@ new_enough() { python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/d
 meets() { # meets FILE: whether this Python has what the requirements ask for
     python -c 'if True:
         import importlib.metadata as metadata, re, sys
-        numbers = lambda version: [int(n) for n in re.findall(r"\d+", version.split("+")[0])]
+        numbers = lambda version: [int(n) for n in re.findall(r"\d+", version)]
         asked = re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(open(name).read() for name in sys.argv[1:]), re.M)
         sys.exit(any(numbers(metadata.version(name)) < numbers(bound) for name, bound in asked))
     ' requirements.txt "$1" 2>/dev/null
@@ -203,7 +205,7 @@ setup() { # setup FILE: a Python that meets the requirements: this one, or one i
         echo "making .venv"
         "$base" -m venv --clear .venv >/dev/null 2>&1 || refuse "$base -m venv .venv fails (is python3-venv installed?)"
     fi
-    echo "installing $1 into .venv"
+    echo "installing $1 into .venv, which takes some minutes"
     python -m pip install -q --disable-pip-version-check -r "$1" 2>.venv/pip.log ||
         refuse "cannot install $1 into .venv: $(tail -n 1 .venv/pip.log) (more in .venv/pip.log)"
 }
@@ -229,8 +231,7 @@ job() { # job INDEX COMMAND...: one command, its output on the screen and in a l
 
 stop() { # stop STATUS
     trap '' HUP INT TERM
-    disown -a # else bash would print a line of its own
-    kill -TERM -- "-$group" 2>/dev/null || true
+    { disown -a && kill -TERM -- "-$group"; } 2>/dev/null || true # disown: else bash prints a line of its own
     for _ in {1..100}; do kill -0 -- "-$group" 2>/dev/null || break; sleep 0.1; done # until all have ended
     echo "run.sh: stopped; what is finished is kept, and the same command goes on from there" >&2
     exit "$1"
@@ -275,7 +276,7 @@ if [ "${1-}" = job ]; then job "${@:2}"; exit; fi
 [[ ! $FLAGS =~ --(results|data-dir|dataset) ]] ||
     refuse "no ${BASH_REMATCH[0]} in FLAGS: the variables RESULTS, FIGURES, DATA_DIR and CIFAR10 name the folders"
 [[ ! $RESULTS$FIGURES$DATA_DIR$CIFAR10$IMAGENET =~ [[:space:]] ]] || refuse "no folder's name may have a space"
-FLAGS=${FLAGS:+ $FLAGS}
+FLAGS=${FLAGS:+ $(echo $FLAGS)} # a blank at the end would make xargs join two lines
 [ "$RESULTS" = results ] || FLAGS="$FLAGS --results $RESULTS"
 [ "$DATA_DIR" = data ] || FLAGS="$FLAGS --data-dir $DATA_DIR"
 
@@ -283,7 +284,7 @@ for word in "$@"; do case $word in -h | --help) set -- help ;; esac; done
 case "$*" in
     "") sweep full "Every figure at the paper's scale" ;;
     quick) sweep quick "Every experiment in miniature, on 4,000 MNIST images, in about 10 minutes on 2 cores" ;;
-    overnight) sweep overnight "Every experiment as large as 2 cores manage in a night or two, in about 24 hours" ;;
+    overnight) sweep overnight "Every experiment as large as 2 cores manage in a night or two, in about 20 hours" ;;
     list | "list quick" | "list overnight") commands "${2:-full}" ;;
     data)
         setup requirements.txt
