@@ -159,6 +159,7 @@ lines() { # lines cpu|gpu SECONDS FLAGS: the commands split into single runs, or
         for (n = split(mlp ? value["hidden"] : value["filters"], word); n > 0; n--) cost += step(word[n], mlp)
         cost *= get("train-size", get("data-dir") ? 4000 : get("dataset") == "teacher" ? 20400 : 55000) / 128
         cost *= get("epochs", mlp ? 100 : 200) * ("sam" in value ? 2 : 1) * ("image-size" in value ? 100 : 1)
+        cost += get("sharpness", 0) / 5 * split(mlp ? value["hidden"] : value["filters"], word)
         n = split("seed rho noise filters hidden", part) # the last that has several values is split first
         for (i = 1; i <= n; i++) if (part[i] in value) {
             if (!split(value[part[i]], word)) return # an empty list: no runs

@@ -216,6 +216,7 @@ def test_overnight_is_eight_rows_in_their_order():
     assert {part for one in found[6] for part in one if part.startswith("seed")} == {"seed=1", "seed=2", "seed=3"}
     assert all("results=results/overnight" in one for part in found for one in part)
     assert count(found[2], "mlp_width.py", "hidden=300-100", "sharpness=100") == 5 * 5
+    assert all(len(runs([line])) == 1 for line in lines if "--sharpness 1000" in line)  # it takes longer than training
 
 
 def test_quick_is_every_experiment_on_the_shipped_images():
