@@ -35,7 +35,7 @@ def layers_of(hidden):
     return tuple(map(int, hidden.split("-")))
 
 
-# ---------------------------------------------------------------------------------------------------------- the models
+# ------------------------------------------------------------ the models
 
 
 @pytest.mark.parametrize("width", [*MLP_COUNTS, *RESNET_COUNTS])
@@ -110,7 +110,7 @@ def test_a_network_is_laid_out_as_its_device_likes_it(tmp_path):
         assert kernel.is_contiguous(memory_format=expected)
 
 
-# ------------------------------------------------------------------------------------------------- defaults, schedules
+# ------------------------------------------------------------ defaults, schedules
 
 WORKLOADS = {  # of paper.md; the teacher's rate, schedule and momentum are ours
     (mlp_width, ""): ("mnist", 100, 128, 0.1, 0.9, 1e-4, "ce", "step", STEP3),
@@ -174,7 +174,7 @@ def test_a_warm_up_is_linear_and_meets_the_schedule_without_a_jump(schedule):
         assert found[10:] == rates(4, 25, schedule=schedule, milestones=STEP2)[10:]
 
 
-# ------------------------------------------------------------------------------------------------- losses and accuracy
+# ------------------------------------------------------------ losses and accuracy
 
 
 def test_the_squared_error_is_summed_over_outputs_and_averaged_over_the_batch():
@@ -218,7 +218,7 @@ def test_a_regression_has_no_accuracy(tmp_path):
     assert result["test_loss"] == result["history"][-1]["test_loss"]
 
 
-# ----------------------------------------------------------------------------------------------------- noise and masks
+# ------------------------------------------------------------ noise and masks
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.25, 0.5, 0.777, 1.0])
@@ -313,7 +313,7 @@ def test_pruned_weights_are_zero_at_every_step(monkeypatch, tmp_path, optimizer)
     assert len(seen) >= 10 and set(seen) == {removed}
 
 
-# --------------------------------------------------------------------------------------------------- where SAM perturbs
+# ------------------------------------------------------------ where SAM perturbs
 
 
 @pytest.mark.parametrize("perturb", ["all", "last", "rest"])
@@ -347,7 +347,7 @@ def test_the_last_layers_share_of_the_squared_gradient():
     assert common.last_layer_share(model) == 0
 
 
-# ------------------------------------------------------------------------------------------------ the loops of scripts
+# ------------------------------------------------------------ the loops of scripts
 
 CASES = [  # script, flags, learning rate
     (mlp_width, "--hidden 30-20 --epochs 3", stepwise(STEP3)),
@@ -428,7 +428,7 @@ def test_batchnorm_counts_every_batch_once_in_every_script(monkeypatch, tmp_path
     assert counters and set(counters) == {2 * math.ceil(20 / 8)}
 
 
-# ------------------------------------------------------------------------------------------------------- runs and names
+# ------------------------------------------------------------ runs and names
 
 
 def test_no_two_runs_share_a_name(tmp_path):

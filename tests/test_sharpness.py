@@ -1,0 +1,193 @@
+"""common.sharpness beside explicit Hessians in float64 and closed forms; what it leaves alone; what scripts measure."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+from helpers import call_main, runs, strict, timeless, train
+
+import common
+import label_noise
+import mlp_width
+import resnet_width
+import sparsity
+from common import LOSSES, MLP, BasicBlock, measure_sharpness, sharpness
+
+
+def explicit(model, loss, x, y, masks=None):
+    """lambda_max, trace and s2 from the images' whole Hessians, rows and columns of pruned weights taken out."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    flat = torch.cat([p.flatten() for p in params.values()])
+    masks = [torch.ones_like(p) if m is None else m for p, m in zip(params.values(), masks or [None] * len(params))]
+    kept = torch.cat([m.flatten() for m in masks]) > 0
+
+    def loss_at(flat, x, y):
+        parts = flat.split([p.numel() for p in params.values()])
+        weights = {name: part.view_as(p) for (name, p), part in zip(params.items(), parts)}
+        return loss(torch.func.functional_call(model, weights, (x,)), y)
+
+    model.eval()
+    hessian = torch.func.hessian(loss_at)
+    hessians = [hessian(flat, x[i : i + 1], y[i : i + 1])[kept][:, kept] for i in range(len(x))]
+    mean = sum(hessians) / len(x)
+    spread = sum(h @ h for h in hessians) / len(x) - mean @ mean
+    values = torch.linalg.eigvalsh(mean)
+    return {
+        "lambda_max": values[-1].item(),
+        "lambda_min": values[0].item(),
+        "trace": mean.trace().item(),
+        "s2": torch.linalg.eigvalsh(spread)[-1].sqrt().item(),
+    }
+
+
+def tiny_resnet():
+    """A ResNet's parts, a projection shortcut among them, with running statistics that are not those of a batch."""
+    torch.manual_seed(0)
+    stem = nn.Conv2d(1, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2), nn.ReLU()
+    model = nn.Sequential(*stem, BasicBlock(2, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    for _ in range(3):
+        model(2 * torch.randn(8, 1, 6, 6) + 1)
+    return model, torch.randn(5, 1, 6, 6)
+
+
+def tiny_mlp():
+    torch.manual_seed(0)
+    return MLP((6, 5), 8, 3), torch.randn(7, 8)
+
+
+def some_masks(model):
+    rng = torch.Generator().manual_seed(1)
+    return [(torch.rand(p.shape, generator=rng) < 0.4).to(p) if p.ndim > 1 else None for p in model.parameters()]
+
+
+def negative(outputs, y):
+    return -LOSSES["mse"](outputs, y)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("loss", [LOSSES["ce"], LOSSES["mse"], negative])
+@pytest.mark.parametrize("make", [tiny_mlp, tiny_resnet])
+def test_it_equals_the_explicit_hessians(float64, make, loss, masked):
+    model, x = make()
+    y = torch.arange(len(x)) % 3
+    masks = some_masks(model) if masked else None
+    expected, found = explicit(model, loss, x, y, masks), sharpness(model, loss, x, y, masks)
+    for key in ("lambda_max", "trace", "s2"):
+        assert math.isclose(found[key], expected[key], rel_tol=1e-3), key
+    assert found["images"] == len(x) and found["trace_se"] == 0
+    assert 0 <= found["lambda_max_residual"] < 1e-3 and 0 <= found["s2_residual"] < 1e-3
+    if loss is negative and not masked:  # the largest in magnitude is another one, which a power iteration would find
+        assert expected["lambda_min"] < -1.2 * expected["lambda_max"]
+
+
+def test_a_wide_layers_closed_forms(float64):
+    """A linear layer under the squared error: H_i = 2 x x' for each output, and a trace that random probes estimate."""
+    torch.manual_seed(0)
+    model, x, y = MLP((), 600, 10), torch.randn(30, 600) * torch.linspace(0.1, 2, 600), torch.arange(30) % 10
+    found = sharpness(model, LOSSES["mse"], x, y)
+    x = torch.cat([x, torch.ones(30, 1)], 1)  # the bias
+    squares = (x**2).sum(1)
+    mean = 2 * x.T @ x / 30
+    spread = 4 * (x.T * squares) @ x / 30 - mean @ mean
+    assert math.isclose(found["lambda_max"], torch.linalg.eigvalsh(mean)[-1], rel_tol=1e-3)
+    assert math.isclose(found["s2"], torch.linalg.eigvalsh(spread)[-1].sqrt(), rel_tol=1e-3)
+    trace = 20 * squares.mean().item()
+    assert 0 < found["trace_se"] < 0.05 * trace and abs(found["trace"] - trace) < 4 * found["trace_se"]
+    # a Rademacher probe's variance is twice the sum of the squares off the diagonal
+    deviation = math.sqrt(2 * 10 * ((mean**2).sum() - (mean.diagonal() ** 2).sum()))
+    assert 0.7 < found["trace_se"] / (deviation / 10) < 1.3  # of 100 probes
+
+
+def test_images_in_several_chunks_count_as_one_mean(float64):
+    torch.manual_seed(0)
+    model, x, y = MLP((4,), 3, 2), torch.randn(260, 3), torch.arange(260) % 2
+    expected, found = explicit(model, LOSSES["ce"], x, y), sharpness(model, LOSSES["ce"], x, y)
+    for key in ("lambda_max", "trace", "s2"):
+        assert math.isclose(found[key], expected[key], rel_tol=1e-3), key
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_nothing_moves(mode):
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(5, 8)
+    model.train(mode)
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    sharpness(model, LOSSES["ce"], x, torch.arange(5) % 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(m.training == mode for m in model.modules())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_it_is_measured_without_amp_and_compile(tmp_path):
+    found = []
+    for flag in ([], ["--amp"], ["--compile"], ["--amp", "--compile"]):
+        (config,) = runs(mlp_width, tmp_path, *"--hidden 6 --train-size 40 --sharpness 6".split(), *flag)
+        data = common.load_data(config)
+        model = common.build_model(config, data)
+        if "--compile" in flag:
+            assert model._compiled_call_impl is not None
+        found.append(measure_sharpness(config, model, LOSSES["ce"], data.train, data.train.targets))
+    assert found == [found[0]] * 4
+
+
+ARGV = "--train-size 60 --epochs 2 --batch-size 32"
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [(mlp_width, "--hidden 9 --loss mse"), (resnet_width, "--filters 1"), (label_noise, "--hidden 9 --noise 0.7")]
+    + [(sparsity, "--hidden 9 --sparsity 0.6"), (mlp_width, "--dataset teacher --hidden 3")],
+)
+def test_a_script_measures_its_own_loss_on_the_first_images_it_trains_on(monkeypatch, tmp_path, script, argv):
+    (config,) = runs(script, tmp_path, *ARGV.split(), "--sharpness", 17, "--seed", 3, *argv.split())
+    calls = []
+
+    def spy(model, loss, images, targets, masks=None):
+        calls.append((model, loss, images, targets, masks))
+        return {"lambda_max": 1.5}
+
+    monkeypatch.setattr(common, "sharpness", spy)
+    assert train(script, config)["sharpness"] == {"lambda_max": 1.5}
+    ((model, loss, images, targets, masks),) = calls
+    data = common.load_data(config)
+    labels = label_noise.flip_labels(data.train.targets, 0.7, 10, 3) if script is label_noise else data.train.targets
+    assert loss is LOSSES[config.loss] and torch.equal(targets, labels[:17])
+    assert torch.equal(images, common.normalize(data.train.inputs[:17]))
+    if script is sparsity:
+        for p, mask in zip(model.parameters(), masks, strict=True):
+            assert mask is None if p.ndim == 1 else torch.equal(p != 0, mask)
+    else:
+        assert masks is None or all(mask is None for mask in masks)
+
+
+def test_without_the_flag_nothing_is_measured(tmp_path):
+    (config,) = runs(mlp_width, tmp_path, "--hidden", 6, *ARGV.split())
+    assert "sharpness" not in train(mlp_width, config)
+
+
+def test_a_result_has_all_numbers_and_a_name_of_its_own_and_training_is_the_same(tmp_path):
+    for more in ([], ["--sharpness", 10]):
+        call_main(mlp_width, tmp_path, "--hidden", 6, *ARGV.split(), *more)
+    plain, measured = (strict(path) for path in sorted(tmp_path.rglob("*.json"), key=lambda p: "sharpness" in p.name))
+    keys = {"images", "lambda_max", "lambda_max_residual", "trace", "trace_se", "s2", "s2_residual"}
+    assert measured["sharpness"].keys() == keys and measured["sharpness"]["images"] == 10
+    assert all(isinstance(value, (int, float)) for value in measured["sharpness"].values())
+    assert timeless(measured) == timeless(plain)
+
+
+def test_a_run_that_ends_while_it_is_measured_keeps_its_training(monkeypatch, tmp_path):
+    (config,) = runs(mlp_width, tmp_path, "--hidden", 6, *ARGV.split(), "--sharpness", 10)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "sharpness", fail)
+        mlp_width.train(config)
+    kept = torch.load(common.result_path(config).with_suffix(".ckpt"), weights_only=True)["history"]
+    assert len(kept) == 2
+    result = train(mlp_width, config)
+    assert result["history"] == kept and result["sharpness"]["images"] == 10
