@@ -696,17 +696,17 @@ def flags(doc, settings, *models):
 
     def add(flag, text, default=None, **more):
         values = [one[flag] for one in settings.values() if flag in one] or [default]
-        shown = "" if values == [None] else f" (default: {' or '.join(dict.fromkeys(map(str, values)))})"
+        shown = " or ".join(
+            dict.fromkeys(str(value).strip("[]") for value in values if value is not None and value is not False)
+        )
+        shown = f" (default: {shown})" if shown else ""
         parser.add_argument("--" + flag.replace("_", "-"), default=default, help=text + shown, **more)
 
-    def switch(flag, text):
-        parser.add_argument(f"--{flag}", action="store_true", help=text)
-
-    some, positive = bounded_number(int, 0), bounded_number(int, 1)
-    switch("sam", "SAM around SGD, instead of SGD alone")
-    rho_text = "SAM's radius (default: 0.05)"
-    parser.add_argument("--rho", type=bounded_number(float, 0), nargs="+", metavar="R", help=rho_text)
-    switch("adaptive", "ASAM's scaling of the perturbation")
+    seed = bounded_number(int, 0, 2**63, below=True)
+    some, positive, switch = bounded_number(int, 0), bounded_number(int, 1), {"action": "store_true", "default": False}
+    add("sam", "SAM around SGD, instead of SGD alone", **switch)
+    add("rho", "SAM's radius (default: 0.05)", type=bounded_number(float, 0), nargs="+", metavar="R")
+    add("adaptive", "ASAM's scaling of the perturbation", **switch)
     add("perturb", "the layers that SAM perturbs", "all", choices=["all", "last", "rest"])
     add("epochs", "passes over the training images", type=positive, metavar="N")
     add("batch_size", "images a step, over all processes", type=positive, metavar="N")
@@ -717,18 +717,17 @@ def flags(doc, settings, *models):
     add("warmup", "linear warm-up of the learning rate", 0, type=some, metavar="STEPS")
     add("loss", "cross-entropy, or squared error summed over the outputs", choices=list(LOSSES))
     add("sharpness", "after training, measure the Hessian on the first N training images", 0, type=some, metavar="N")
-    text = "initialization, data order, augmentation, flipped labels, pruning"
-    add("seed", text, [0], type=bounded_number(int, 0, 2**63, below=True), nargs="+", metavar="N")
+    add("seed", "of weights, order, augmentation, noise, pruning", [0], type=seed, nargs="+", metavar="N")
     add("dataset", f"{', '.join(DATASETS)}, or a folder with train/ and test/ class folders", metavar="NAME")
     add("data_dir", "where torchvision finds its data or downloads it to", "data", metavar="DIR")
     add("train_size", "only the first N training images", type=positive, metavar="N")
     add("val_size", "the last N training images are held out and scored", 0, type=some, metavar="N")
     add("device", "cuda, cuda:1, cpu ...", "cuda" if torch.cuda.is_available() else "cpu", metavar="D")
-    switch("amp", "bfloat16 autocast")
-    switch("compile", "torch.compile the model")
-    switch("fp32", "strict float32 on CUDA, no TF32")
+    add("amp", "bfloat16 autocast", **switch)
+    add("compile", "torch.compile the model", **switch)
+    add("fp32", "strict float32 on CUDA, no TF32", **switch)
     add("results", "where result files go", "results", metavar="DIR")
-    switch("force", "start anew although a result or a checkpoint exists")
+    add("force", "start anew although a result or a checkpoint exists", **switch)
     return parser
 
 
