@@ -902,9 +902,10 @@ class Recorder:
         shapes = [{name: w.shape for name, w in one.items()} for one in (state["model"], self.model.state_dict())]
         if shapes[0] != shapes[1]:
             raise ValueError("another model")
-        self.optimizer.load_state_dict(state["optimizer"])  # raises before it changes anything
+        history, seconds, commit = state["history"], state["seconds"], state["commit"]  # these raise, or
+        self.optimizer.load_state_dict(state["optimizer"])  # this, before anything changes
         self.model.load_state_dict(state["model"])
-        self.history, self.seconds, self.env["commit"] = state["history"], state["seconds"], state["commit"]
+        self.history, self.seconds, self.env["commit"] = history, seconds, commit
         for p, buffers in self.optimizer.state.items():  # fused kernels assume that they lie in memory as p does
             alike = {key: value for key, value in buffers.items() if getattr(value, "shape", None) == p.shape}
             buffers.update((key, torch.empty_like(p, requires_grad=False).copy_(v)) for key, v in alike.items())
