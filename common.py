@@ -802,7 +802,10 @@ def write(path, save):
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        error = error if isinstance(error, OSError) else error.__context__  # torch.save hides the disk's error
+        if not isinstance(error, OSError):
+            raise
         reason = f"can't be written to ({error.strerror}); what was written before is intact"
         exit_with_error(f"--results: {path.parent} {reason}")
     finally:
