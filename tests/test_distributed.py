@@ -1,30 +1,40 @@
-"""Several processes on a CPU: SAM under DistributedDataParallel both ways, and the scripts under torchrun."""
+"""Several processes on a CPU: SAM under DistributedDataParallel both ways, and the scripts as torchrun starts them."""
 
-import json
+import functools
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import (
+    FORKS,
+    ROOT,
+    Script,
+    assert_close,
+    files,
+    interrupt,
+    plain_run,
+    result_of,
+    runs,
+    small_mnist,
+    start_pair,
+    strict,
+    timeless,
+)
 from torch.nn.parallel import DistributedDataParallel
 
-from common import SAM, frozen_bn_stats
+import common
+import label_noise
+import mlp_width
+import sparsity
+from common import MLP, SAM, frozen_bn_stats
 
-ROOT = Path(__file__).parent.parent
-MINI = ["--data-dir", "data/mini", "--dataset", "mnist", "--train-size", "256", "--epochs", "1", "--device", "cpu"]
+SMALL = f"--data-dir {small_mnist()} --dataset mnist --device cpu --batch-size 25 --epochs 2"
 STEPS, WORLD = 3, 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def network(batchnorm=False):
@@ -76,7 +86,11 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def states(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)
+    workers = [FORKS.Process(target=worker, args=(rank, str(folder))) for rank in range(WORLD)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join(120)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
@@ -121,37 +135,153 @@ def test_batchnorm_under_ddp_counts_every_batch_once(states):
         assert torch.equal(first[name], second[name])
 
 
-def script(folder, *argv, processes=1):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, *argv, *MINI, "--results", str(folder)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    )
+def end_pair(pair, statuses=(0, 0), lines=(0, 0)):
+    return "".join([script.end(*expected) for script, *expected in zip(pair, statuses, lines)])
+
+
+def double():
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        (mlp_width, "--hidden 9-7 --train-size 140 --val-size 33"),  # 25 and 15 images a step: 13 and 12, 8 and 7
+        (mlp_width, "--hidden 9-7 --train-size 140 --sam --rho 0.1"),
+        (mlp_width, "--hidden 20 --train-size 53 --sam --rho 0.1 --perturb rest --loss mse --lr 0.002"),
+        (label_noise, "--hidden 9-7 --train-size 140 --noise 0.5 --sam --rho 0.1 --adaptive"),
+        (sparsity, "--hidden 9-7 --train-size 140 --sparsity 0.5 --pruner snip --sam --rho 0.1 --perturb last"),
+    ],
+)
+def test_each_process_perturbs_by_its_share_and_the_sam_gradients_are_averaged(float64, tmp_path, script, argv):
+    command = f"{script.__name__}.py {SMALL} {argv}"
+    pair = start_pair(command, tmp_path, prepares=(double, double))
+    (config,) = runs(script, tmp_path, *command.split()[1:])
+    data = common.load_data(config)
+    torch.manual_seed(0)
+    model = MLP(map(int, config.hidden.split("-")))
+    targets, masks = None, ()
+    if script is label_noise:
+        targets = label_noise.flip_labels(data.train.targets, 0.5, 10, 0)
+    if script is sparsity:  # by the gradient on the whole batch
+        kernels = [p for p in model.parameters() if p.ndim > 1]
+        masks = sparsity.prune(model, kernels, F.cross_entropy, config, data)
+        for w, mask in zip(kernels, masks):
+            w.data *= mask
+    config.processes = WORLD
+    updates = config.epochs * math.ceil(len(data.train.targets) / 25)
+    drops = [int(fraction * updates) for fraction in (0.25, 0.5, 0.75)]
+    rate = lambda step, steps: config.lr / 10 ** sum(step >= drop for drop in drops)  # noqa: E731
+    expected = plain_run(model, data, config, rate, targets, masks)
+    end_pair(pair)
+    result = result_of(tmp_path)
+    assert result["config"]["processes"] == WORLD
+    assert_close(timeless(result), expected)
+
+
+def stop_after(epoch):
+    """Ends this process, one of a pair, after this epoch and a checkpoint."""
+    end_epoch = common.Recorder.end_epoch
+
+    def end(recorder, row):
+        end_epoch(recorder, row)
+        if row["epoch"] == epoch:
+            if common.is_main():
+                recorder.save()
+            sys.exit(0)
+
+    common.Recorder.end_epoch = end
+
+
+def keep_state(folder):
+    """Saves what this process has in the end."""
+    finish = common.Recorder.finish
+
+    def keep(recorder, **more):
+        torch.save(recorder.model.state_dict(), folder / f"{common.processes()[0]}.pt")
+        finish(recorder, **more)
+
+    common.Recorder.finish = keep
+
+
+def blind(folder):
+    """This process can read no result and no checkpoint."""
+    keep_state(folder)
+    common.read_own = None
+
+
+RESNET = f"resnet_width.py {SMALL} --filters 1 --train-size 15 --batch-size 6 --epochs 3 --sam --rho 0.1"
+
+
+def test_the_main_process_decides_what_is_finished_and_where_to_go_on(tmp_path):
+    """Two seeds: one is finished, the other has a checkpoint, and only the main process can read."""
+    end_pair(start_pair(RESNET + " --seed 0 1", tmp_path / "whole"))
+    end_pair(start_pair(RESNET, tmp_path / "parts"))
+    stop = functools.partial(stop_after, 2)
+    end_pair(start_pair(RESNET + " --seed 1", tmp_path / "parts", prepares=(stop, stop)))
+    assert len(list((tmp_path / "parts").rglob("*.ckpt"))) == 1
+    prepares = [functools.partial(prepare, tmp_path) for prepare in (keep_state, blind)]
+    pair = start_pair(RESNET + " --seed 0 1", tmp_path / "parts", prepares)
+    end_pair(pair)
+    assert "2 runs, 1 already finished" in pair[0].output.read_text() and pair[1].output.read_text() == ""
+    whole, parts = (files(tmp_path / name) for name in ("whole", "parts"))
+    assert [path.name for path in whole] == [path.name for path in parts] and len(whole) == 2
+    for one, other in zip(whole, parts):
+        assert timeless(strict(one)) == timeless(strict(other))
+    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # running statistics too
+
+
+def test_one_process_and_two_are_two_runs(tmp_path):
+    command = f"mlp_width.py {SMALL} --hidden 9 --sam --rho 0.5 --sharpness 8"
+    end_pair(start_pair(command, tmp_path / "alone"))
+    (config,) = runs(mlp_width, tmp_path / "both", *command.split()[1:])
+    interrupt(mlp_width, config, 1)  # whose checkpoint is not for two processes
+    pair = start_pair(command, tmp_path / "both")
+    end_pair(pair)
+    assert "1 runs, 0 already finished" in pair[0].output.read_text()
+    single = Script(command, tmp_path / "both")
+    single.end()
+    assert "1 runs, 0 already finished" in single.output.read_text()
+    results = {strict(path)["config"]["processes"]: strict(path) for path in files(tmp_path / "both")}
+    assert results.keys() == {1, 2} and len(files(tmp_path / "both")) == 2
+    assert timeless(results[2]) == timeless(result_of(tmp_path / "alone")) != timeless(results[1])
+    assert results[2]["sharpness"]["images"] == 8
+
+
+def test_results_folders_that_differ_are_one_line_and_nothing_is_written(tmp_path):
+    folders = tmp_path / "one", tmp_path / "other"
+    pair = start_pair(f"mlp_width.py {SMALL} --hidden 9", folders)
+    assert "--results" in end_pair(pair, (2, 2), (1, 0))
+    assert files(tmp_path) == []
+
+
+def test_flags_that_differ_are_one_line_and_nothing_is_written(tmp_path):
+    commands = tuple(f"mlp_width.py {SMALL} --hidden 9 --sam --rho {rho}" for rho in ("0.1", "0.2"))
+    assert "different flags" in end_pair(start_pair(commands, tmp_path), (2, 2), (1, 0))
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [("--batch-size 1", "--batch-size"), ("--epochs 0", "--epochs"), ("--device cuda:1", "--device cuda:1")]
+    + [("--train-size 26", "--batch-size"), ("--dataset nowhere", "--dataset nowhere")],
+)
+def test_what_a_user_can_mend_is_said_once_by_all_processes_together(tmp_path, argv, named):
+    pair = start_pair(f"mlp_width.py {SMALL} --hidden 9 {argv}", tmp_path)
+    assert named in end_pair(pair, (2, 2), (1, 0))
+    assert files(tmp_path) == []
+
+
+def test_torchrun_starts_a_script(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
+    command = [*launch, "resnet_width.py", *SMALL.split(), *"--filters 1 --train-size 50 --sam --results".split()]
+    done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done
-
-
-def result_of(folder):
-    """The one result, and nothing else in the folder."""
-    (path,) = (path for path in folder.rglob("*") if path.is_file())
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def test_a_resnet_under_torchrun_writes_one_sane_result(tmp_path):
-    done = script(tmp_path, "resnet_width.py", "--filters", "2", "--sam", processes=WORLD)
     assert done.stdout.count("done:") == 1  # only the first process speaks
     result = result_of(tmp_path)
-    (row,) = result["history"]
-    assert result["status"] == "done" and row["epoch"] == 1
-    assert all(math.isfinite(value) for value in row.values())
-    assert 1.5 < row["train_loss"] < 4 and 0 < row["train_acc"] < 1 and 0 < row["test_acc"] < 1
-
-
-@pytest.mark.parametrize("argv", [["mlp_width.py"], ["sparsity.py", "--pruner", "snip", "--sparsity", "0.5"]])
-def test_sgd_under_torchrun_equals_one_process(tmp_path, argv):
-    for processes in (1, WORLD):
-        script(tmp_path / str(processes), *argv, "--hidden", "30-20", processes=processes)
-    one, two = (result_of(tmp_path / str(processes))["history"][0] for processes in (1, WORLD))
-    assert one.keys() == two.keys()
-    for key in one.keys() - {"seconds"}:
-        assert math.isclose(one[key], two[key], abs_tol=1e-4), key
+    assert result["status"] == "done" and [row["epoch"] for row in result["history"]] == [1, 2]
+    for row in result["history"]:
+        assert all(math.isfinite(value) for value in row.values())
+        assert 1 < row["train_loss"] < 10 and 0 <= row["train_acc"] < 1 and 0 < row["last_layer_share"] < 1
