@@ -1,7 +1,6 @@
-"""What the four experiment scripts share: SAM, the models, data on the device, measurements, flags and result files.
-
-In this order: `SAM` (needs nothing but `import torch`: copy it out), `frozen_bn_stats`, `MLP`, `ResNet18`, data and
-batches, loss, learning rate and evaluation, sharpness, several processes, flags, and a run's way to disk.
+"""What the four experiment scripts share, in this order: `SAM` (needs nothing but `import torch`: copy it out),
+`frozen_bn_stats`, `MLP`, `ResNet18`; data on the device and its batches; loss, learning rate, evaluation and sharpness;
+several processes; flags; a run's way to disk.
 
 "The paper" is Shin, Lee, Andriushchenko, Lee: "Critical Influence of Overparameterization on Sharpness-aware
 Minimization", UAI 2025, arXiv 2311.17539. SAM is Foret et al., ICLR 2021; its adaptive form Kwon et al., ICML 2021.
@@ -13,8 +12,6 @@ import ctypes
 import datetime
 import functools
 import gc
-import glob
-import hashlib
 import itertools
 import json
 import math
@@ -100,14 +97,13 @@ def frozen_bn_stats(model):
 
     For SAM's second pass: statistics at w + e do not belong to w, and each batch counts once.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracking = [m for m in norms if m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     try:
-        for m in tracking:
+        for m in norms:
             m.track_running_stats = False
         yield
     finally:
-        for m in tracking:
+        for m in norms:
             m.track_running_stats = True
 
 
@@ -186,20 +182,16 @@ def read_torchvision(name, data_dir):
         which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
         data = getattr(datasets, TORCHVISION[name])(data_dir, download=True, **which)
         images = torch.as_tensor(data.data)
-        if images.ndim == 3:
-            images = images[:, None]
-        elif images.shape[3] == 3:
-            images = images.permute(0, 3, 1, 2)
+        images = images[:, None] if images.ndim == 3 else images if name == "svhn" else images.permute(0, 3, 1, 2)
         return images, torch.as_tensor(data.labels if name == "svhn" else data.targets)
 
     try:
         with main_process_first():  # only one downloads
             return read(True), read(False)
     except Exception as error:  # torchvision raises all kinds: network, checksum, torn file, missing package
-        exit_with_error(
-            f"--dataset {name}: could not be read from --data-dir {data_dir}, nor downloaded to it; "
-            f"remove damaged files there or put whole ones in their place ({type(error).__name__}: {error})"
-        )
+        advice = "nor downloaded to it; remove damaged files there or put whole ones in their place"
+        reason = f"{advice} ({type(error).__name__}: {error})"
+        exit_with_error(f"--dataset {name}: could not be read from --data-dir {data_dir}, {reason}")
 
 
 TORCHVISION = {name.lower(): name for name in ("MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100", "SVHN")}
@@ -696,11 +688,9 @@ def flags(doc, settings, *models):
 
     def add(flag, text, default=None, **more):
         values = [one[flag] for one in settings.values() if flag in one] or [default]
-        shown = " or ".join(
-            dict.fromkeys(str(value).strip("[]") for value in values if value is not None and value is not False)
-        )
-        shown = f" (default: {shown})" if shown else ""
-        parser.add_argument("--" + flag.replace("_", "-"), default=default, help=text + shown, **more)
+        shown = " or ".join(dict.fromkeys(str(v).strip("[]") for v in values if v is not None and v is not False))
+        text += f" (default: {shown})" if shown else ""
+        parser.add_argument("--" + flag.replace("_", "-"), default=default, help=text, **more)
 
     seed = bounded_number(int, 0, 2**63, below=True)
     some, positive, switch = bounded_number(int, 0), bounded_number(int, 1), {"action": "store_true", "default": False}
@@ -777,7 +767,7 @@ def run_name(config):
         if key not in named | PLACE and value != config.defaults[key]:
             parts.append(key.replace("_", "-") + ("" if value is True else f"={value}"))
     name = quote("_".join(parts), safe="=")
-    return name if len(name) < 180 else f"{name[:160]}-{hashlib.sha1(name.encode()).hexdigest()[:16]}"
+    return name if len(name) < 180 else f"{name[:160]}-{uuid.uuid5(uuid.NAMESPACE_URL, name).hex[:16]}"
 
 
 def training_settings(config):
@@ -851,7 +841,7 @@ def read_own(path, read, config):
     except FileNotFoundError:
         return None
     except OSError as error:
-        exit_with_error(f"{path}: can't be read ({error.strerror}); it is left as it is")
+        exit_with_error(f"--results: {path} can't be read ({error.strerror}); it is left as it is")
     except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__} {error}".splitlines()[0]
     if reason:
@@ -974,10 +964,10 @@ class Recorder:
         text = json.dumps(result, allow_nan=False).removesuffix("}") + f',\n"history": [\n{rows}\n]}}\n'
         write(self.path, lambda file: file.write(text.encode()))
         self.checkpoint.unlink(missing_ok=True)
-        for leftover in self.path.parent.glob(f"{glob.escape(self.config.name)}.[cj]*.*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - leftover.stat().st_mtime > 60:  # of a process that was killed, not one that writes
-                    leftover.unlink()
+        for left in self.path.parent.glob("*.tmp"):
+            with contextlib.suppress(OSError):  # one that was killed has left it, if it isn't being written to
+                if left.name.startswith(f"{self.config.name}.") and time.time() - left.stat().st_mtime > 60:
+                    left.unlink()
         outcome = f"test {last['test_acc']:.2%} (best {result['best_test_acc']:.2%})" if accuracies else "no accuracy"
         print(f"{self.status}: {self.config.name}: {outcome}, {self.seconds:.0f} s", flush=True)
 
