@@ -2,10 +2,9 @@
 nothing in an epoch waits for a value on the device (reading one raises). Stand-ins: backward passes and updates.
 """
 
-import argparse
-
 import pytest
 import torch
+from helpers import runs
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import common
@@ -15,16 +14,13 @@ import resnet_width
 import sparsity
 from common import Data, Split
 
-CONFIG = {"seed": 0, "device": "cuda", "fp32": False, "compile": False, "batch_size": 64, "epochs": 1, "lr": 0.1}
-CONFIG |= {"momentum": 0.9, "weight_decay": 5e-4, "rho": 0.05, "noise": 0.5, "pruner": "random", "sparsity": 0.9}
-
 
 class Done(Exception):
     pass
 
 
 class Epoch:
-    """Stands in for Run: ends training after an epoch, with its scores as a tensor."""
+    """Stands in for Recorder."""
 
     def __init__(self, config, model, optimizer):
         def backward(loss):
@@ -37,45 +33,56 @@ class Epoch:
     def epochs(self):
         yield 1
 
-    def end_epoch(self, outputs, data):
-        raise Done(common.score(*map(torch.cat, zip(*outputs))))
 
-
-def on_cuda(make):
-    def made(*args):
-        with torch.device("cuda"):
-            return make(*args)
-
-    return made
+def end(scores, *names):
+    """Stands in for Scores.means: ends training after an epoch, with its scores as a tensor."""
+    scores.reduce()
+    raise Done(scores.sums)
 
 
 @pytest.fixture
 def fake(monkeypatch):
     """Models are made on the device where a real run moves them there, which tensors without data cannot be."""
-    for name in ("MLP", "ResNet18"):
-        monkeypatch.setattr(common, name, on_cuda(getattr(common, name)))
     monkeypatch.setattr(common, "lecun_normal_", lambda model: model)
+    monkeypatch.setattr(common.Scores, "means", end)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *args, **kwargs: module)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: Epoch.backward(loss))
     monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: None)
+    for setting in ("allow_tf32", "benchmark"):
+        monkeypatch.setattr(torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", torch.backends.cuda.matmul.allow_tf32)
     common.channel_stats.cache_clear()
     yield monkeypatch
     common.channel_stats.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:.*Disabling autocast")
-@pytest.mark.parametrize("flags", ["", "sam", "sam adaptive", "sam amp"])
+@pytest.mark.parametrize("flags", ["", "--sam --perturb last", "--sam --adaptive", "--sam --amp", "--loss mse"])
 @pytest.mark.parametrize("script", [mlp_width, resnet_width, label_noise, sparsity])
-def test_an_epoch_stays_on_the_device_and_reads_nothing_from_it(fake, script, flags):
-    width = {"hidden": "30-20", "filters": None} if script is mlp_width else {"hidden": None, "filters": 8}
-    given = {flag: flag in flags for flag in ("sam", "adaptive", "amp")}
-    config = argparse.Namespace(**CONFIG, **width, **given)
-    fake.setattr(script, "Run", Epoch)
+def test_an_epoch_stays_on_the_device_and_reads_nothing_from_it(fake, tmp_path, script, flags):
+    # more steps than scores are kept of, or a few of a ResNet, which take long even without data
+    width = "--hidden 30-20 --batch-size 2" if script is mlp_width else "--filters 8 --batch-size 128"
+    (config,) = runs(script, tmp_path, *width.split(), *flags.split())
+    config.device = "cuda"
+    build = script.build_model
+
+    def on_cuda(*args):
+        with torch.device("cuda"):
+            return build(*args)
+
+    def start(*args):
+        torch.Tensor.__int__ = read
+        return Epoch(*args)
+
+    read = torch.Tensor.__int__
+    fake.setattr(torch.Tensor, "__int__", lambda tensor: 0)  # before the first epoch, values may be read
+    fake.setattr(script, "Recorder", start)
+    fake.setattr(script, "build_model", on_cuda)
     with FakeTensorMode(allow_non_fake_inputs=True):
         shape = (200, 1, 28, 28) if script is mlp_width else (200, 3, 32, 32)
         images = torch.empty(shape, dtype=torch.uint8, device="cuda")
         split = Split(images, torch.empty(200, dtype=torch.int64, device="cuda"))
-        data = Data(split, split, split, 10, script is not mlp_width)
+        data = Data(split, split, split, shape[1:], 10, script is not mlp_width)
         fake.setattr(script, "load_data", lambda config: data)
         with pytest.raises(Done) as done:
             script.train(config)
@@ -83,3 +90,11 @@ def test_an_epoch_stays_on_the_device_and_reads_nothing_from_it(fake, script, fl
         assert sums.device.type == "cuda" and len(sums) == (3 if script is label_noise else 2)
         with pytest.raises(DataDependentOutputException):  # so would a read before
             sums[0].item()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_tf32_is_used_unless_fp32_is_asked_for(fake, tmp_path, strict):
+    (config,) = runs(mlp_width, tmp_path, *(["--fp32"] if strict else []))
+    config.device = "cuda"
+    common.prepare(torch.nn.Linear(1, 1), config)
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 != strict

@@ -111,7 +111,7 @@ def test_twenty_steps_equal_an_independent_reference(base, adaptive):
         torch.testing.assert_close(values(model), w, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_restore_is_exact_and_in_the_same_storage(dtype):
     model = network().to(dtype)
     x, y = batch()
@@ -136,9 +136,10 @@ def test_gradients_are_read_only():
     assert all(map(torch.equal, grads, before))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_a_zero_gradient_moves_nothing(adaptive):
-    model = network()
+def test_a_zero_gradient_moves_nothing(adaptive, dtype):
+    model = network().to(dtype)
     before = values(model)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -146,6 +147,38 @@ def test_a_zero_gradient_moves_nothing(adaptive):
     sam.perturb()
     assert torch.equal(values(model), before)
     sam.step()
+    assert torch.equal(values(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "gradient", "rho"), [(4, 6e-8, 0.5), (100_000, 300.0, 100.0), (9, 1.0, 0.3)])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_16_bits_neither_lose_nor_overflow_the_norm(dtype, n, gradient, rho, adaptive):
+    """n equal gradients move each weight, all of them 2, by rho / sqrt(n), under ASAM by rho 2 / sqrt(n)."""
+    w = torch.full((n,), 2.0, dtype=dtype, requires_grad=True)
+    w.grad = torch.full((n,), gradient, dtype=dtype)
+    SAM(sgd([w]), rho=rho, adaptive=adaptive).perturb()
+    expected = 2 + rho * (2 if adaptive else 1) / math.sqrt(n)
+    torch.testing.assert_close(w.detach().double(), torch.full((n,), expected), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float16, torch.float64])
+def test_restore_is_exact_after_the_model_has_changed_its_dtype(first):
+    model = network().to(first)
+    x, y = batch()
+    sam = SAM(sgd(model.parameters()), rho=0.5)
+    backward(model, x.to(first), y)
+    sam.perturb()
+    sam.step()
+    model.float()
+    for p in model.parameters():
+        p.data += 1e-5 * torch.rand_like(p)  # so that fewer bits don't hold it
+        p.grad = None
+    before = values(model)
+    backward(model, x.float(), y)
+    sam.perturb()
+    assert not torch.equal(values(model), before)
+    sam.restore()
     assert torch.equal(values(model), before)
 
 
