@@ -2,385 +2,657 @@
 
     python plot.py --results results --figures figures
 
-A gain is SAM's accuracy minus SGD's at the same seed, after the last epoch. Its band is the 95% confidence interval of
-the mean of these paired differences (Student's t over seeds). The best rho of a width is the one with the highest mean
-held-out accuracy where images were held out (--val-size), else the highest mean test accuracy; the figures say which.
-A rho at which some run diverged is never the best one, and is marked by a cross.
+A gain is SAM's test accuracy minus SGD's at the same seed; where targets are numbers, SGD's test loss minus SAM's. The
+claim is a trend: each seed's least-squares slope of the gain per tenfold parameters. Intervals are Student's 95% over
+seeds. rho is chosen on held-out data (--val-size), or on test data where none are; a radius at which a run diverged is
+out. The rule that picks the epoch picks rho: the last epoch, each run's best held-out one, or its best on test data.
 """
 
 import argparse
-import copy
 import json
 import math
+import os
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.figure import Figure
 
 SGD, SAM, GREY = "#0072B2", "#D55E00", "#8c8c8c"  # Okabe and Ito: told apart by the colour-blind and in print
-STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--")
-SCRIPTS = ("mlp_width", "resnet_width", "label_noise", "sparsity")
-# improvement in points, read off the paper's main figure to +-0.02
-PAPER = {
-    ("mnist", "MLP"): ([61035, 125810, 266610, 1426410, 5366010], [0.07, 0.06, 0.18, 0.19, 0.19]),
-    ("cifar10", "ResNet-18"): (
-        [44622, 176402, 701466, 2797610, 11173962, 44662922, 178585866],
-        [0.36, 0.66, 0.44, 0.85, 0.96, 1.23, 1.01],
-    ),
+VIRIDIS = matplotlib.colormaps["viridis"]  # of widths, up to 0.8: no yellow on white
+LOOK = {  # what is drawn by width: label, style, colour, of whom, and which settings of the workload are others
+    "SGD": ("SGD", "s-", SGD, "SGD", {}),
+    "SAM": ("SAM", "o-", SAM, "SAM", {}),
+    "twice": ("SGD, twice the epochs", "D:", SGD, "twice", {}),
+    "gain": ("SAM - SGD", "o-", SAM, "gain", {}),
+    "held-out": ("SAM - SGD, best held-out epoch", "o:", SAM, "gain", {}),
+    "one rho": ("SAM - SGD, one rho for all widths", "s:", SAM, "gain", {}),
+    "paper": ("the paper", "x:", "black", "paper", {}),
+    "no decay": ("without weight decay", "s--", "black", "gain", {"weight_decay": 0.0}),
+    "rest": ("all but the last layer perturbed", "^--", "#CC79A7", "gain", {"perturb": "rest"}),
+    "last": ("the last layer alone perturbed", "v--", "#009E73", "gain", {"perturb": "last"}),
+    "dense": ("SAM - SGD, dense", "o-", SAM, "gain", {"pruner": None}),
+    "dense SGD": ("SGD, dense", "s-", SGD, "SGD", {"pruner": None}),
+    "dense SAM": ("SAM, dense", "o-", SAM, "SAM", {"pruner": None}),
+    "sparse": ("SAM - SGD, pruned", "D", "black", "gain", {}),
+    "sparse SGD": ("SGD, pruned", "s", SGD, "SGD", {}),
+    "sparse SAM": ("SAM, pruned", "o", SAM, "SAM", {}),
 }
-VARIED = {"script", "hidden", "filters", "sam", "rho", "adaptive", "seed", "noise", "pruner", "sparsity"}
-PLACE = {"device", "results", "force", "data_dir"}
-T95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t by degrees of freedom
+MNIST = {"model": "MLP", "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+MNIST |= {"noise": 0, "pruner": None, "perturb": "all", "loss": "ce", "schedule": "step", "train_size": None}
+CIFAR = MNIST | {"model": "ResNet-18", "epochs": 200, "weight_decay": 5e-4}
+IMAGENET = MNIST | {"model": "ResNet-50", "epochs": 90, "batch_size": 512, "schedule": "cosine", "warmup": 5000}
+TEACHER = MNIST | {"lr": 0.01, "momentum": 0, "weight_decay": 0, "loss": "mse"}  # the paper's lr, 0.1, diverges here
+PAPER = {  # settings; parameters and gains, in points (teacher: test loss), read off the paper's figures to about 0.01
+    "mnist": (MNIST, "61035 .07 125810 .06 266610 .18 1426410 .19 5366010 .19"),
+    "cifar10": (CIFAR, "44622 .36 176402 .66 701466 .44 2797610 .85 11173962 .96 44662922 1.23 178585866 1.01"),
+    "imagenet": (IMAGENET, "1993976 .03 6917640 .04 14771992 .17 25557032 .35 39272760 .54"),
+    "teacher": (TEACHER, "10201 .026 20401 .029 30601 .034 40801 .047 51001 .056 61201 .062 71401 .063 81601 .074 "
+                         "91801 .08 102001 .083"),
+}  # fmt: skip
+CURVE = np.arange(-5.5, 6) / 4 + 0.07, 0.345 + np.array([-2, 1.5, 0, 0, 2, 1, 0, -1, 0, 1, 2, -1])  # its 12 points
+NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "imagenet": "ImageNet"}
+WORDS = {"acc": ("gain (points)", "test accuracy (%)", "training accuracy (%)")}  # by metric
+WORDS |= {"loss": ("gain in test loss", "test loss", "training loss")}
+STOPS = {"last": "last epoch", "held-out": "best held-out epoch", "paper": "best test epoch (the paper's)"}
+KEYS = "lr train_loss train_acc test_loss test_acc val_loss val_acc train_clean_acc last_layer_share".split()
+DEFAULTS = {  # of flags that a result file may lack
+    **{"hidden": None, "filters": None, "depth": 18, "image_size": None, "loss": "ce", "schedule": "step", "warmup": 0},
+    **{"adaptive": False, "perturb": "all", "train_size": None, "val_size": 0, "processes": 1, "data_dir": "data"},
+    **{"noise": 0, "sparsity": 0, "pruner": None, "amp": False, "compile": False, "fp32": False, "weight_decay": 0},
+}
+PLACE = {"device", "results", "force", "workers", "sharpness"}  # where a run was, and what was measured after it
+VARIED = {"hidden", "filters", "sam", "rho", "seed", "sparsity"}  # within a workload
+SCRIPTS = {"mlp_width", "resnet_width", "label_noise", "sparsity"}
+T95 = (math.nan, 12.706, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # Student's t, by seeds - 1
+freeze = json.JSONEncoder(sort_keys=True, default=str).encode  # settings as a key
 
 
 def interval(values):
-    """Mean and half width of its 95% confidence interval, nan for fewer than two values."""
-    n = len(values)
-    if n < 2:
-        return (np.mean(values) if n else math.nan), math.nan
-    t = T95[n - 1] if n <= len(T95) else 1.96 + 2.5 / (n - 1)
-    return np.mean(values), t * np.std(values, ddof=1) / math.sqrt(n)
+    """Mean of {seed: value} and half the width of its 95% interval by Student's t, which is nan for one seed."""
+    n, values = len(values), np.array([*values.values()], float)
+    t = T95[n - 1] if n <= len(T95) else 1.95996 + 2.3723 / (n - 1) + 2.8225 / (n - 1) ** 2
+    return values.mean(), t * math.sqrt(((values - values.mean()) ** 2).sum() / max(n - 1, 1) / n)
 
 
-def read(folder):
-    """The results below the folder; a file that is none is named on stderr and left out."""
-    for script in SCRIPTS:
-        for path in sorted(Path(folder, script).glob("*.json")):
-            try:
-                run = json.loads(path.read_text(encoding="utf-8"))
-                [run[key] for key in ("num_params", "num_nonzero", "test_acc", "best_test_acc", "history")]
-                [run["config"][key] for key in ("sam", "rho", "seed", "hidden", "filters", "val_size", "dataset")]
-                if run["config"]["script"] != script or run["status"] not in ("done", "diverged"):
-                    raise ValueError("of another script, or not finished")
-                yield run
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                print(
-                    f"plot.py: {path}: not a result file, left out ({type(error).__name__}: {error})", file=sys.stderr
-                )
+def trend(points):
+    """Of points (x, {seed: value}), by seed: least-squares slope per tenfold x, and last minus first; over the x that
+    all seeds have, and where these are fewer than two, without the seeds that have the fewest."""
+    seeds = sorted({s for _, v in points for s in v}, key=lambda s: (-sum(s in v for _, v in points), str(s)))
+    while seeds:
+        whole = [(math.log10(x), [v[s] for s in seeds]) for x, v in points if v.keys() >= {*seeds}]
+        if len({x for x, _ in whole}) > 1:
+            x, values = map(np.array, zip(*whole))
+            return dict(zip(seeds, np.polyfit(x, values, 1)[0])), dict(zip(seeds, values[-1] - values[0]))
+        seeds.pop()
+    return {}, {}
+
+
+def subtract(a, b):
+    return {seed: a[seed] - b[seed] for seed in a if seed in b}
+
+
+class Run:
+    """A result file: its settings (where it lacks a flag, the default), its history as arrays, and numbers by name."""
+
+    def __init__(self, path):
+        self.path, result = path, json.loads(path.read_bytes())
+        config, rows, self.status = DEFAULTS | result["config"], result["history"], result["status"]
+        complete = 0 < len(rows) == config.get("epochs", len(rows))
+        if self.status not in ("done", "diverged") or (self.status == "done" and not complete):
+            raise ValueError(f"{self.status}, with {len(rows)} of {config.get('epochs')} epochs in its history")
+        keys = [key for key in KEYS if rows and key in rows[0]]
+        arrays = np.array([[row[key] for key in keys] for row in rows], float).T
+        self.history = {key: values * (100 if key.endswith("acc") else 1) for key, values in zip(keys, arrays)}
+        self.seed, self.rho = config["seed"], float(config["rho"]) if config["sam"] else None
+        self.params, self.sparsity, filters = int(result["num_params"]), float(config["sparsity"]), config["filters"]
+        self.nonzero = int(result.get("num_nonzero") or self.params)
+        self.layers = [int(h) for h in str(config["hidden"] or "").split("-") if h]
+        self.width = str(config["hidden"] or filters or short(self.params))
+        # layers in proportion, such as 75-25 and 3000-1000, are one shape at two widths; equal layers are no width
+        shape = [round(3 * math.log2(h / self.layers[0])) for h in self.layers]
+        usual = (0.5, 0.75) if filters or config["dataset"] == "teacher" else (0.25, 0.5, 0.75)
+        settings = {k: float(v) if type(v) is int else v for k, v in config.items() if k not in PLACE | VARIED} | {
+            "model": "MLP" if self.layers else f"ResNet-{config['depth']}" if filters else config["script"],
+            "shape": f"layers of {self.layers[0]}" if len(shape) > 1 and not any(shape) else shape,
+            "noise": float(config["noise"]),
+            "pruner": config["pruner"] if self.sparsity else None,
+            "script": None if config["script"] in SCRIPTS else config["script"],
+            "milestones": list(config.get("milestones") or usual) if config["schedule"] == "step" else None,
+        }
+        # a script with neither --hidden nor --filters sets its width by a number of its own
+        own = {} if self.layers or filters else settings.keys() - {*DEFAULTS, *MNIST}
+        own = sorted(key for key in own if type(settings[key]) is float and key != "noise")
+        cell = self.width, self.params, self.sparsity, *map(settings.pop, own)
+        self.variant = freeze({key: settings.pop(key) for key in ("adaptive", "perturb")})  # of SAM
+        self.optimizer = self.rho is not None and (self.variant, self.rho)
+        self.key = freeze(settings), cell, self.optimizer, self.seed
+        self.function = {key: np.array(values, float) for key, values in (result.get("function") or {}).items()}
+        self.numbers = {k: float(v) for k, v in (result.get("sharpness") or {}).items() if v is not None}
+        self.outcome = self.status, tuple(self.history.get("test_loss", ()))
+        if self.status == "done":
+            self.judge(config["schedule"] == "constant")
+
+    def judge(self, constant):
+        """numbers: the test metric by stopping rule (% or loss), last values and more; score: what rho is chosen by."""
+        history, function, numbers = self.history, self.function, self.numbers
+        if not all(np.isfinite(values).all() for values in history.values()):
+            raise ValueError("done, but not all of its history is finite")
+        self.metric, self.sign = ("acc", 1) if "test_acc" in history else ("loss", -1)
+        test, held = (self.sign * history.get(f"{name}_{self.metric}", np.empty(0)) for name in ("test", "val"))
+        ends = {"last": -1, "paper": test.argmax()} | ({"held-out": held.argmax()} if len(held) else {})
+        self.score = {s: float((held if len(held) and s != "paper" else test)[end]) for s, end in ends.items()}
+        numbers |= {key: float(values[-1]) for key, values in history.items()}
+        numbers |= {stop: float(self.sign * test[end]) for stop, end in ends.items()}
+        numbers["train"] = numbers[f"train_{self.metric}"]
+        numbers["clean"] = numbers.get("train_clean_acc", numbers["train"])
+        numbers["share"] = 100 * float(history.get("last_layer_share", np.array([math.nan])).mean())
+        for key in function.keys() - {"x"}:  # sum of |f''|: the total variation of the slope
+            numbers[f"bend of {key}"] = np.abs(np.diff(np.diff(function[key]) / np.diff(function["x"]))).sum()
+        loss = history["train_loss"]
+        end = int(np.argmin([*(loss > 1e-7 * loss[0]), False]))  # below, a sum of float32 losses is rounding
+        if constant and end > 2:
+            fitted = np.arange(end), np.log(loss[:end])
+            numbers |= {"rate": np.polyfit(*fitted, 1)[0], "R^2": np.corrcoef(*fitted)[0, 1] ** 2}
 
 
 class Cell:
-    """The runs that differ in optimizer, rho and seed only."""
+    """One network in one setting: SGD's runs by seed, one kind of SAM's by rho and seed, SGD's of twice the epochs."""
 
-    def __init__(self, runs):
-        config = runs[0]["config"]
-        self.width = config["hidden"] or str(config["filters"])
-        self.params, self.nonzero = runs[0]["num_params"], runs[0]["num_nonzero"]
-        self.noise, self.sparsity, self.pruner = (config.get(k) for k in ("noise", "sparsity", "pruner"))
-        self.sgd, self.sam = {}, defaultdict(dict)
-        for run in runs:
-            seeds = self.sam[run["config"]["rho"]] if run["config"]["sam"] else self.sgd
-            seeds[run["config"]["seed"]] = run
-        ended = {rho: self.pairs(rho) for rho in sorted(self.sam)}
-        most = max(map(len, ended.values()), default=0) or math.inf
-        whole = [rho for rho, pairs in ended.items() if len(pairs) == most and not self.diverged(rho)]
-        self.best = max(whole, key=self.held_out, default=None)
+    def __init__(self, sgd, sam, twice):
+        self.run, self.twice, self.tried = next(iter(sgd.values())), twice, sorted(sam)
+        self.width, self.params, self.nonzero = self.run.width, self.run.params, self.run.nonzero
+        self.sgd = {seed: run for seed, run in sgd.items() if any(seed in runs for runs in sam.values())}
+        self.diverged = [rho for rho in self.tried if any(run.status == "diverged" for run in sam[rho].values())]
+        whole = [rho for rho in self.tried if rho not in self.diverged]
+        self.sam = {rho: {seed: run for seed, run in sam[rho].items() if seed in sgd} for rho in whole}
+        radii = sorted(whole, key=lambda rho: -len(self.sam[rho]))  # those that can be compared, as far as
+        while radii and not set.intersection(*({*self.sam[rho]} for rho in radii)):  # they share seeds
+            radii.pop()
+        self.radii = sorted(radii)
+        self.shared = sorted(set.intersection(*({*self.sam[rho]} for rho in radii)), key=str) if radii else []
 
-    def held_out(self, rho):
-        return np.mean([sam["history"][-1].get("val_acc", sam["test_acc"]) for _, sam in self.pairs(rho)])
+    def pairs(self, rho=None, stop="last"):
+        """[(SGD's run, SAM's run)] of each seed, at this rho or at the best."""
+        runs = self.sam.get(choose([self], stop)[0] if rho is None else rho, {})
+        return [(self.sgd[seed], run) for seed, run in runs.items()]
 
-    def pairs(self, rho):
-        """(SGD's run, SAM's run) of each seed where both came to an end."""
-        both = [(self.sgd[seed], run) for seed, run in sorted(self.sam[rho].items()) if seed in self.sgd]
-        return [pair for pair in both if all(run["status"] == "done" for run in pair)]
+    def values(self, whose, number="last", rho=None):
+        """{seed: number} of SGD, of SAM, of SGD at "twice" the epochs; or of SAM's gain over SGD."""
+        if number in STOPS and number not in self.run.score:
+            return {}
+        pairs = self.pairs(rho, number if number in STOPS else "last")
+        if whose == "gain":
+            return {a.seed: a.sign * (b.numbers[number] - a.numbers[number]) for a, b in pairs}
+        runs = self.twice.values() if whose == "twice" else [pair[whose == "SAM"] for pair in pairs]
+        return {run.seed: run.numbers[number] for run in runs if math.isfinite(run.numbers.get(number, math.nan))}
 
-    def diverged(self, rho):
-        return any(run["status"] == "diverged" for run in self.sam[rho].values())
 
-    def gain(self, rho=None, key="test_acc"):
-        return interval([100 * (sam[key] - sgd[key]) for sgd, sam in self.pairs(self.best if rho is None else rho)])
-
-    def accuracy(self, which, key="test_acc"):
-        return interval([100 * pair[which][key] for pair in self.pairs(self.best)])
+def choose(cells, stop="last", without=None):
+    """The rho with the best mean score over the seeds that the radii of these cells share (nan: no rho is in all
+    cells), and the radii within one paired standard error of it."""
+    radii = sorted(set.intersection(*({*c.radii} for c in cells)))
+    runs = {rho: [c.sam[rho][seed] for c in cells for seed in c.shared if seed != without] for rho in radii}
+    scores = {rho: np.array([run.score.get(stop, math.nan) for run in runs[rho]]) for rho in radii}
+    best = max(scores, key=lambda rho: scores[rho].mean(), default=math.nan)
+    lost = {rho: scores[best] - score for rho, score in scores.items()}
+    error = {rho: d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else 0 for rho, d in lost.items()}
+    return best, [rho for rho in radii if lost[rho].mean() <= error[rho]]
 
 
 class Workload:
-    """All runs of one script that agree in data set, model and every setting, as cells by width.
+    """Cells that differ in width (or sparsity, or depth) alone; others: all workloads by frozen settings."""
 
-    differing: what sets the workload apart from others of its script, for its title.
-    """
+    def __init__(self, settings, cells, others):
+        self.settings, self.others, self.shape = settings, others, settings["shape"]
+        self.deep = isinstance(self.shape, str)  # not a width series but layers of one width
+        self.noise, self.base = settings["noise"], freeze(settings | {"noise": 0})
+        self.cells = sorted(cells, key=lambda c: (c.params, -c.nonzero))
+        self.metric, self.stops = cells[0].run.metric, [stop for stop in STOPS if stop in cells[0].run.score]
+        self.dataset, name = str(settings["dataset"]), Path(str(settings["dataset"])).name
+        parts = [NAMES.get(name.lower(), name), settings["model"], settings["pruner"], "ASAM" * settings["adaptive"]]
+        parts += [self.shape if self.deep else "", f"{100 * self.noise:.4g}% flipped" * (self.noise > 0)]
+        self.title = ", ".join(filter(None, [*parts, LOOK.get(settings["perturb"], [""])[0]]))
+        paper, gains = PAPER.get(name.lower().replace("-jpeg", ""), ({"model": None}, ""))
+        own = (paper | {"adaptive": False}).items() <= settings.items() and self.shape in ([], [0], [0, -5])
+        self.paper = [(x, {0: y}) for x, y in np.array(gains.split(), float).reshape(-1, 2)] if own else []
 
-    def __init__(self, script, runs, settings, differing):
-        config = runs[0]["config"]
-        self.script, self.settings, self.dataset = script, settings, config["dataset"]
-        self.model = "MLP" if config["hidden"] else "ResNet-18"
-        self.title = ", ".join([Path(self.dataset).name, self.model, *differing])
-        self.chosen = "held-out" if config["val_size"] else "test"
-        groups = defaultdict(list)
-        for run in runs:
-            groups[
-                tuple(str(run["config"].get(k)) for k in ("hidden", "filters", "noise", "pruner", "sparsity"))
-            ].append(run)
-        cells = [Cell(group) for group in groups.values()]
-        self.cells = sorted((c for c in cells if c.best is not None), key=lambda c: (c.params, -c.nonzero))
-        self.diverged = [(c, rho) for c in cells for rho in sorted(c.sam) if c.diverged(rho)]
-        self.seeds = sorted({len(c.pairs(c.best)) for c in self.cells})
+    def find(self, **changes):
+        """The workload that differs from this one in these settings alone, or None."""
+        return self.others.get(freeze(self.settings | changes))
 
-    def at_one_noise(self):
-        """This workload at its noise rate nearest to a half, where it has noise rates at all."""
-        noise = min((c.noise for c in self.cells if c.noise is not None), default=None, key=lambda p: abs(p - 0.5))
-        if noise is None:
-            return self
-        part = copy.copy(self)
-        part.title = f"{self.title}, {noise:.0%} of labels flipped"
-        part.cells = self.where(noise=noise)
-        part.diverged = [(c, rho) for c, rho in self.diverged if c.noise == noise]
-        return part
+    def role(self):
+        """To which figures it belongs."""
+        decays = {load.settings["weight_decay"] for load in self.others.values()} - {0}
+        roles = {"depth": self.deep, "part": self.settings["perturb"] != "all", "sparse": self.settings["pruner"]}
+        roles |= {"curve": self.dataset.startswith("curve"), "constant": self.settings["schedule"] == "constant"}
+        roles["decay"] = self.settings["weight_decay"] == 0 and any(self.find(weight_decay=d) for d in decays)
+        return next((role for role, holds in roles.items() if holds), "noisy" if self.noise else "clean")
 
-    def where(self, **values):
-        return [c for c in self.cells if all(getattr(c, k) == v for k, v in values.items())]
+    def points(self, what, number="last"):
+        """[(x, {seed: number})] of what LOOK names; x: the number of parameters that are not pruned, or of layers."""
+        (*_, whose, changes), number = LOOK[what], what if what == "held-out" else number
+        load, rho = self.find(**changes), choose(self.cells, number)[0] if what == "one rho" else None
+        if whose == "paper" or not load:
+            return self.paper if whose == "paper" else []
+        return [(len(c.run.layers) if self.deep else c.nonzero, c.values(whose, number, rho)) for c in load.cells]
 
-    def alike(self, others):
-        """The cells of the workloads among others that have this one's settings."""
-        return [c for other in others if other.settings == self.settings for c in other.cells]
+    def trends(self, stop="last"):
+        """Slopes by seed, per tenfold parameters, and widest minus narrowest; {} where there is no trend."""
+        if self.deep or self.settings["pruner"]:
+            return {}
+        found = {what: trend(self.points(what, stop))[0] for what in ("gain", "SGD", "SAM", "one rho")}
+        return found | {"widest - narrowest": trend(self.points("gain", stop))[1]} if found["gain"] else {}
 
-    def values(self, name):
-        return sorted({getattr(c, name) for c in self.cells})
-
-
-def workloads(runs):
-    groups = defaultdict(list)
-    for run in runs:
-        config = run["config"]
-        groups[tuple((k, v) for k, v in config.items() if k not in VARIED | PLACE), config["script"]].append(run)
-    found = []
-    for (settings, script), group in groups.items():
-        alike = [dict(other) for other, s in groups if s == script]
-        differing = [f"{k} {v}" for k, v in settings if k != "dataset" and len({str(o.get(k)) for o in alike}) > 1]
-        for adaptive in (False, True):  # ASAM is a workload of its own, beside the same SGD runs
-            chosen = [r for r in group if not r["config"]["sam"] or r["config"]["adaptive"] == adaptive]
-            load = Workload(script, chosen, (settings, adaptive), differing + ["ASAM"] * adaptive)
-            if load.cells or load.diverged:
-                found.append(load)
-    return found
+    def say(self, values):
+        """Mean and interval of a gain, and where it includes zero, that it does."""
+        (mean, half), digits = interval(values) if values else (0, 0), 2 if self.metric == "acc" else 3
+        text = f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else " (one seed)")
+        return text + " (not resolved)" * bool(abs(mean) <= half) if values else ""
 
 
-def band(ax, xs, stats, style, color, label):
-    mean, half = np.array(stats, dtype=float).reshape(-1, 2).T
-    ax.plot(xs, mean, style, color=color, label=label, markersize=5)
-    ax.fill_between(xs, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+def workloads(folder):
+    """The workloads of the result files below the folder, and {path: why} of those that are in none."""
+    found, sgd, sam, cells = defaultdict(list), defaultdict(dict), defaultdict(dict), defaultdict(list)
+    loads, left = {}, {}
+    for path in sorted(Path(folder).glob("*/*.json")):
+        try:
+            run = Run(path)
+            found[run.key].append(run)
+        except Exception as error:  # a foreign file may be anything
+            left[path] = f"not a result file ({type(error).__name__}: {error})"
+    for (settings, cell, optimizer, seed), twins in found.items():
+        run = max(twins, key=lambda run: "trace" in run.numbers)
+        if len({twin.outcome for twin in twins}) > 1:
+            left |= {twin.path: "another result of the same run differs" for twin in twins}
+        elif optimizer:
+            sam[settings, cell, run.variant].setdefault(run.rho, {})[seed] = run
+        elif run.status == "done":
+            sgd[settings, cell][seed] = run
+    for (frozen, cell, variant), radii in sam.items():
+        settings = json.loads(frozen)
+        twice = sgd.get((freeze(settings | {"epochs": 2 * settings.get("epochs", 0)}), cell), {})
+        made = Cell(sgd[frozen, cell], radii, twice) if (frozen, cell) in sgd else None
+        if made and made.radii:
+            cells[freeze(settings | json.loads(variant))].append(made)
+    loads |= {key: Workload(json.loads(key), made, loads) for key, made in cells.items()}
+    for load in [load for load in loads.values() if load.deep and load.find(shape=[0])]:  # one layer is a depth, too
+        one = load.find(shape=[0])
+        load.cells = [c for c in one.cells if load.shape == f"layers of {c.width}"] + load.cells
+        loads = {key: other for key, other in loads.items() if other is not one or one.cells != load.cells[:1]}
+    parts = [runs for made in cells.values() for c in made for runs in (c.sgd, c.twice, *c.sam.values())]
+    used = {run.key for runs in parts for run in runs.values()}
+    for run in [twins[0] for key, twins in found.items() if key not in used]:
+        why = "SAM diverged at this rho, or no run of SGD" if run.optimizer else "no run of SAM"
+        left.setdefault(run.path, "diverged" if run.status == "diverged" else f"{why} beside it")
+    for key in sorted(
+        {key for load in loads.values() for key in load.settings}, key=lambda key: (key != "dataset", key)
+    ):
+        alike = defaultdict(set)
+        for load in loads.values():
+            alike[load.title].add(str(load.settings.get(key)))
+        for load in loads.values():  # as few settings as tell the titles apart
+            value = load.settings.get(key)
+            if len(alike[load.title]) > 1 and value != (DEFAULTS | MNIST).get(key, ""):
+                load.title += f", {key.replace('_', ' ')} {f'{value:g}' if type(value) is float else value}"
+    return sorted(loads.values(), key=lambda load: (load.role() != "clean", load.title)), left
 
 
-def figure(rows, loads, what):
-    """Axes (rows, columns), a column a workload, with a caption that says what n and the band are."""
-    fig, axes = plt.subplots(rows, len(loads), figsize=(1 + 4.6 * len(loads), 0.9 + 3.5 * rows), squeeze=False)
-    for column, load in zip(axes.T, loads):
-        column[0].set_title(load.title, fontsize=10)
-    seeds = sorted({n for load in loads for n in load.seeds})
-    count = f"{seeds[0]}" if seeds[:1] == seeds[-1:] else f"{seeds[0]} to {seeds[-1]}" if seeds else "0"
-    chosen = " and ".join(sorted({load.chosen for load in loads}))
-    fig.caption = f"{what}\n{count} seeds; rho chosen on {chosen} images; accuracy after the last epoch"
-    return fig, axes
+def short(n):
+    """61035 as 61k, 1426410 as 1.4M."""
+    power = min(3, int(math.log10(n) / 3 + 1e-3))
+    return f"{n / 1000**power:.{2 if n / 1000**power < 99.5 else 3}g}" + ("", "k", "M", "G")[power]
 
 
-GAIN_BAND = "Band: 95% confidence interval of the mean paired difference, SAM minus SGD at the same seed."
-MEAN_BAND = "Band: 95% confidence interval of the mean over seeds."
+def draw(ax, points, label, style, color, *_):
+    """A series: mean and interval at each point (x, {seed: value}); thin and grey, a line with a dot for each seed."""
+    points = [(x, values) for x, values in points if values]
+    for seed in {seed for _, values in points for seed in values}:
+        line = [(x, values[seed]) for x, values in points if seed in values]
+        ax.plot(*zip(*line), ".-" if style[1:] else ".", color=GREY, linewidth=0.5, markersize=2.5, zorder=1)
+    if points:
+        x, mean, half = zip(*[(x, *interval(values)) for x, values in points])
+        look = {"color": color, "markerfacecolor": color if "-" in style else "white", "markersize": 4.5}
+        ax.errorbar(x, mean, half, fmt=style, label=label, elinewidth=1, **look)
 
 
-def by_params(ax, ylabel, legend="best"):
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("parameters")
-    finish(ax, ylabel, legend)
+def ticks(ax, names, log=True, **more):
+    """Ticks {x: name} at what was used, named as far as there is room."""
+    place, named = math.log if log else float, []
+    for x in sorted(names, key=lambda x: x not in (min(names), max(names))):
+        if all(abs(place(x) - place(other)) > 0.17 * (place(max(names)) - place(min(names))) for other in named):
+            named.append(x)
+    ax.set(xscale="log" if log else "linear", **more)
+    ax.set_xticks(named, [names[x] for x in named])
+    ax.set_xticks([*names], [""] * len(names), minor=True)
 
 
-def finish(ax, ylabel, legend="best"):
-    ax.set_ylabel(ylabel)
-    ax.grid(alpha=0.25)
-    lines = ax.get_legend_handles_labels()[0]
-    if len(lines) > 4:  # a legend of two columns, with room of its own below
-        low, high = ax.get_ylim()
-        ax.set_ylim(low - 0.07 * (1 + len(lines) // 2) * (high - low), high)
-        ax.legend(fontsize=8, framealpha=0.6, ncols=2, loc="lower left")
-    elif lines:
-        ax.legend(fontsize=8, framealpha=0.6, loc=legend)
+def by_rho(ax, cell, at, number, **style):
+    """A cell's means over the seeds that its radii share, SGD's at 0 and SAM's at {rho: x}; returns {x: mean}."""
+    runs = {0: cell.sgd} | {at[rho]: cell.sam[rho] for rho in cell.radii}
+    y = {x: np.mean([runs[x][seed].numbers.get(number, math.nan) for seed in cell.shared]) for x in runs}
+    ax.plot([*y], [*y.values()], ".-", linewidth=1, **style)
+    ticks(ax, {0: "SGD"} | {x: f"{rho:g}" for rho, x in at.items()}, log=False, xlabel="rho")
+    return y
 
 
-def gain_by_width(loads):
-    fig, axes = figure(1, loads, GAIN_BAND)
-    for ax, load in zip(axes[0], loads):
-        band(ax, [c.params for c in load.cells], [c.gain() for c in load.cells], "o-", SAM, "SAM - SGD, here")
-        ax.axhline(0, color="black", linewidth=0.8)
-        if (load.dataset, load.model) in PAPER:
-            faint = ax.twinx()
-            faint.plot(*PAPER[load.dataset, load.model], "x:", color=GREY, alpha=0.7)
-            faint.set_ylabel("the paper's, at its scale (points)", color=GREY)
-            faint.tick_params(axis="y", colors=GREY)
-            low, high = ax.get_ylim()
-            high = max(high, -low / 3)
-            scale = 1.1 * max(PAPER[load.dataset, load.model][1]) / high  # one zero for both
-            ax.set_ylim(low, high)
-            faint.set_ylim(scale * low, scale * high)
-            ax.plot([], [], "x:", color=GREY, label="the paper's (right axis)")
-        by_params(ax, "gain in test accuracy (points)", "lower right")
+def by_epoch(ax, cell, i, key, start=0, **style):
+    """SGD's (i = 0) or SAM's (1) mean over seeds of a key of the history."""
+    mean = np.mean([pair[i].history[key] for pair in cell.pairs()], axis=0)
+    ax.plot(np.arange(start, len(mean)) + 1, mean[start:], linewidth=1, **style)
+    ax.set(xscale="linear", xlabel="epoch", yscale="log" if key == "train_loss" else "linear")
+
+
+def sheet(loads, *rows):
+    """A figure with a column a workload, three side by side at most; its columns: (axes, workload) of each. A row is
+    its name, what is drawn of LOOK, and which number of the runs; or its name alone, where the figure draws."""
+    fig, shown = Figure(), loads[:9]
+    fig.columns, fig.left_out, fig.places, top = [], loads[9:], {}, 0
+    across = {1: 1, 2: 2, 4: 2}.get(len(shown), 3)
+    wide = (3, 2.1, 1.65)[across - 1]  # inches
+    slopes = [load.say(load.trends().get("gain", {})) if rows[0][0] == "{0}" else "" for load in shown]
+    titles = [f"{textwrap.fill(load.title, int(13 * wide))}\n{slope}".strip() for load, slope in zip(shown, slopes)]
+    for i, load in enumerate(shown):
+        if i % across == 0:
+            top += bool(i) * 1.65 * len(rows) + 0.16 * max(t.count("\n") for t in titles[i : i + across]) + 0.25
+        axes = [fig.add_axes((0, 0, 1, 1), label=f"{i} {row}") for row in range(len(rows))]
+        axes[0].set_title(titles[i])
+        for row, (ax, (name, *whats)) in enumerate(zip(axes, rows)):
+            fig.places[ax] = 0.65 + i % across * (wide + 0.7), top + 1.65 * row, wide, 1.15
+            for what in whats[0].split(", ") if whats else ():
+                draw(ax, load.points(what, *whats[1:]), *LOOK[what])
+            if name == "{0}":
+                ax.axhline(0, color="black", linewidth=0.7, zorder=0)
+            names = [x for what in ("SGD", "dense") for x, _ in load.points(what)]
+            ticks(ax, {x: x if load.deep else short(x) for x in names}, not load.deep)
+            ax.set(xlabel="hidden layers" if load.deep else "parameters", ylabel=name.format(*WORDS[load.metric]))
+        fig.columns.append((axes, load))
+    sizes = sorted({c.params for load in shown for c in load.cells}) or [1]
+    named = {sizes[round(i)]: f"{short(sizes[round(i)])} parameters" for i in np.linspace(0, len(sizes) - 1, 6)}
+    norm = matplotlib.colors.LogNorm(sizes[0], 1.001 * sizes[-1])
+    fig.shade = lambda c: {"color": VIRIDIS(0.8 * norm(c.params)), "label": named.get(c.params)}
+    fig.set_size_inches(0.75 + across * (wide + 0.7) - 0.7, top + 1.65 * len(rows))
     return fig
 
 
-def accuracy_by_width(loads):
-    fig, axes = figure(1, loads, MEAN_BAND)
-    for ax, load in zip(axes[0], loads):
-        for which, (color, style, name) in enumerate(((SGD, "s--", "SGD"), (SAM, "o-", "SAM, best rho"))):
-            band(ax, [c.params for c in load.cells], [c.accuracy(which) for c in load.cells], style, color, name)
-        by_params(ax, "test accuracy (%)")
-    return fig
-
-
-def rho(loads):
-    fig, axes = figure(2, loads, GAIN_BAND + " Cross: a run diverged.")
-    for (top, bottom), load in zip(axes.T, loads):
-        rhos = sorted({rho for c in load.cells for rho in c.sam})
-        for i, (value, color) in enumerate(zip(rhos, plt.cm.viridis(np.linspace(0, 0.85, len(rhos))))):
-            cells = [c for c in load.cells if c.pairs(value)]
-            band(top, [c.params for c in cells], [c.gain(value) for c in cells], STYLES[i % 6], color, f"rho {value}")
-        for cell, value in load.diverged:
-            color = plt.cm.viridis(0.85 * rhos.index(value) / max(len(rhos) - 1, 1)) if value in rhos else "black"
-            top.plot(cell.params, 0.04, "X", color=color, transform=top.get_xaxis_transform())
-        top.axhline(0, color="black", linewidth=0.8)
-        by_params(top, "gain in test accuracy (points)")
-        bottom.plot([c.params for c in load.cells], [c.best for c in load.cells], "o-", color=SAM)
-        bottom.set_yticks(rhos, rhos)
-        by_params(bottom, "best rho")
-    return fig
-
-
-def label_noise(loads, clean):
-    fig, axes = figure(
-        2, loads, "Bands: 95% confidence intervals, of the mean paired difference above, of the mean below."
+def finish(fig, caption, path):
+    """Limits by means and seeds, which long error bars may leave; below the axes the legend and the caption."""
+    for ax in fig.axes:
+        group = ax.get_shared_y_axes().get_siblings(ax)
+        y = np.array([value for a in group for line in a.lines for value in line.get_ydata()], float)
+        y = y[np.isfinite(y)]
+        if len(y) and ax.get_yscale() == "linear":
+            bars = [bar[:, 1] for a in group for each in a.collections for bar in each.get_segments() if len(bar)]
+            reach, bars = (y.max() - y.min()) or abs(y.max()) / 10 or 1, np.concatenate([y, *bars])
+            low, high = max(np.nanmin(bars), y.min() - reach), min(np.nanmax(bars), y.max() + reach)
+            ax.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
+    loads, (width, height) = [load for _, load in fig.columns], fig.get_size_inches()
+    seeds = " or ".join(map(str, sorted({len(c.shared) for load in loads for c in load.cells})))
+    on = " or ".join(sorted({"held-out" if "held-out" in load.stops else "test" for load in loads}))
+    caption += (
+        f" Means over {seeds} seeds, with Student's 95% intervals over seeds, on these test data, pointwise; grey: "
     )
-    for (top, bottom), load in zip(axes.T, loads):
-        rates = {noise: load.where(noise=noise) for noise in load.values("noise")}
-        rates = {0: load.alike(clean), **rates}
-        rates = {noise: cells for noise, cells in rates.items() if cells}
-        for i, (noise, color) in enumerate(zip(rates, plt.cm.cividis(np.linspace(0, 0.85, len(rates))))):
-            cells, label = rates[noise], f"{noise:.0%} of labels flipped"
-            band(top, [c.params for c in cells], [c.gain() for c in cells], STYLES[i % 6], color, label)
-            for which, (optimizer, hue) in enumerate((("SGD", SGD), ("SAM", SAM))):
-                stats = [c.accuracy(which) for c in cells]
-                band(bottom, [c.params for c in cells], stats, STYLES[i % 6], hue, f"{optimizer}, {noise:.0%} flipped")
-        top.axhline(0, color="black", linewidth=0.8)
-        by_params(top, "gain in test accuracy (points)")
-        by_params(bottom, "test accuracy (%)")
-    return fig
+    text = textwrap.fill(" ".join(f"{caption} each seed. rho is chosen on {on} data.".split()), int(17 * width))
+    entries = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    across = max(1, int(13 * width / (max(map(len, entries), default=0) + 6)))
+    below, legend = 0.14 * text.count("\n") + 0.3, 0.19 * math.ceil(len(entries) / across)
+    total = height + below + legend
+    fig.set_size_inches(width, total)
+    for ax, (x, y, w, h) in fig.places.items():
+        ax.set_position((x / width, 1 - (y + h) / total, w / width, h / total))
+    fig.text(0.05 / width, 0.05 / total, text, fontsize=7.5, va="bottom", linespacing=1.15)
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, below / total), "borderaxespad": 0}
+    fig.legend(entries.values(), entries, ncols=across, frameon=False, handlelength=1.6, **place)
+    fig.savefig(path, dpi=150)
 
 
-def sparsity(loads, dense):
-    fig, axes = figure(2, loads, GAIN_BAND + "\nDense: unpruned networks of smaller width, same settings.")
-    for (top, bottom), load in zip(axes.T, loads):
-        series = [(p, w) for p in load.values("pruner") for w in load.values("width")]
-        for i, (pruner, width) in enumerate(series):
-            unpruned = [c for c in load.alike(dense) if c.width == width]
-            cells = load.where(pruner=pruner, width=width)
-            if 0 not in [c.sparsity for c in cells]:
-                cells = unpruned + cells
-            color = plt.cm.viridis(0.85 * i / max(len(series) - 1, 1))
-            gains = [c.gain() for c in cells]
-            band(top, [c.sparsity or 0 for c in cells], gains, STYLES[i % 6], color, f"width {width}, {pruner}")
-            label = f"sparse: width {width}, {pruner}"
-            band(bottom, [c.nonzero for c in cells], gains, STYLES[i % 6], color, label)
-        narrow = {c.width: c for c in load.alike(dense)}
-        narrow |= {c.width: c for c in load.where(sparsity=0)}
-        cells = sorted(narrow.values(), key=lambda c: c.nonzero)
-        band(bottom, [c.nonzero for c in cells], [c.gain() for c in cells], "x:", "black", "dense, by width")
-        for ax in (top, bottom):
-            ax.axhline(0, color="black", linewidth=0.8)
-        top.set_xlabel("sparsity (fraction of kernel weights removed)")
-        finish(top, "gain in test accuracy (points)")
-        by_params(bottom, "gain in test accuracy (points)")
-        bottom.set_xlabel("non-zero parameters")
-    return fig
+class Figures(list):
+    """All workloads. Each method draws a figure, its docstring is the caption: to add a figure, add a method."""
+
+    def of(self, *roles):
+        return [load for load in self if load.role() in roles]
+
+    def gain_by_width(self):
+        """SAM's gain over SGD by width; above, its slope per tenfold parameters. The paper's gain, where all settings
+        are its own (synthetic: but for the rate), is at the best test epoch and the rho that is best on test data."""
+        return sheet(self.of("clean"), ("{0}", "gain, one rho, paper"))
+
+    def accuracy_by_width(self):
+        """SGD and SAM on test data, and SGD trained for twice the epochs; below, on training data, dotted: the width
+        from which on SGD fits 99.5% of them. Dashed, synthetic data: the noise floor, and the loss of a constant."""
+        fig = sheet(self.of("clean"), ("{1}", "SGD, SAM, twice"), ("{2}", "SGD, SAM", "train"))
+        for (top, bottom), load in fig.columns:
+            for loss in (1.0, 1.34) if load.dataset == "teacher" else ():
+                top.axhline(loss, color="black", linestyle="--", linewidth=0.7)
+            unfit = [x for x, values in load.points("SGD", "train") if interval(values)[0] < 99.5]
+            for x in [c.params for c in load.cells if load.metric == "acc" and c.params > max(unfit, default=0)][:1]:
+                bottom.axvspan(x, x, color=SGD, linestyle=":")
+        return fig
+
+    def rho(self):
+        """Test metric by rho on the seeds that all radii share, a line a width; ringed: the chosen rho; crosses: a run
+        diverged. Below, the chosen rho, the radii within one paired standard error of it, and the grid's edges
+        (dashed)."""
+        fig = sheet(self.of("clean", "noisy"), ("{1}",), ("best rho",))
+        for (top, bottom), load in fig.columns:
+            at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.tried}), start=1)}
+            for c in load.cells:
+                (best, alike), y = choose([c]), by_rho(top, c, at, "last", **fig.shade(c))
+                top.plot(at[best], y[at[best]], "o", markerfacecolor="none", color=SAM, markersize=8)
+                for rho in c.diverged:
+                    top.text(at[rho], 0.02, "x", color=fig.shade(c)["color"], transform=top.get_xaxis_transform())
+                bottom.plot([c.params] * 2, [at[alike[0]], at[alike[-1]]], color=GREY)
+                bottom.plot(c.params, at[best], "o", color=SAM)
+            for edge in (1, len(at)):
+                bottom.axhline(edge, color=GREY, linestyle="--", linewidth=0.7)
+            bottom.set_yticks([*at.values()], [f"{rho:g}" for rho in at], fontsize=9 if len(at) < 9 else 5)
+        return fig
+
+    def label_noise(self):
+        """By fraction of flipped labels: SAM's gain after the last epoch, and where run and rho are taken at the best
+        held-out epoch; SGD and SAM; accuracy on the training labels as they were. Held-out labels are clean."""
+        order = sorted(self.of("clean", "noisy"), key=lambda load: (load.base, load.noise))
+        noisy = [load for load in order if any(load.base == other.base for other in self.of("noisy"))]
+        rows = ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"), ("clean labels (%)", "SGD, SAM", "clean")
+        fig = sheet(noisy, *rows)
+        for (first, a), (second, b) in zip(fig.columns, fig.columns[1:]):
+            for ax, other in zip(second, first) if a.base == b.base else ():
+                ax.sharey(other)
+        return fig
+
+    def sparsity(self):
+        """Networks pruned at initialization beside dense ones, by non-zero parameters: gain, SGD and SAM. Below, the
+        gain of sparse minus that of dense networks of as many (within 5%), by parameters before pruning."""
+        rows = ("{0}", "dense, sparse"), ("{1}", "dense SGD, dense SAM, sparse SGD, sparse SAM"), ("{0}",)
+        fig = sheet(self.of("sparse"), *rows)
+        for (top, middle, bottom), load in fig.columns:
+            dense = load.find(pruner=None).cells if load.find(pruner=None) else []
+            pairs = [(c, d) for c in load.cells for d in dense if 0.95 * d.params < c.nonzero < 1.05 * d.params]
+            contrast = [
+                (c.params, subtract(c.values("gain"), d.values("gain"))) for c, d in pairs if d.params < c.params
+            ]
+            draw(bottom, contrast, "sparse - dense", "D-", "black")
+            ticks(bottom, {c.params: short(c.params) for c in load.cells}, xlabel="parameters before pruning")
+            for ax in (top, middle):
+                ax.set_xlabel("non-zero parameters")
+        return fig
+
+    def regularization(self):
+        """SAM's gain with weight decay (SAM - SGD) and without."""
+        return sheet([load for load in self.of("clean", "noisy") if load.points("no decay")], ("{0}", "gain, no decay"))
+
+    def interpolation(self):
+        """Does width help, or fitting the labels? SAM's gain against SGD's final accuracy on the labels trained on, a
+        mark for each seed and width."""
+        loads = [load for load in self.of("clean", "noisy") if load.metric == "acc"]
+        fig = sheet([*{load.base: load for load in loads}.values()], ("{0}",))
+        for (ax,), base in fig.columns:
+            for load in [load for load in loads if load.base == base.base]:
+                mark = "os^Dvp*"[int(8 * load.noise) % 7]
+                for c in load.cells:
+                    sgd, gain = c.values("SGD", "train"), c.values("gain")
+                    ax.plot([sgd[s] for s in gain], [*gain.values()], mark, markersize=4, **fig.shade(c))
+                ax.plot([], [], mark, color=GREY, label=f"{100 * load.noise:.4g}% flipped")
+            ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's training accuracy (%)")
+        return fig
+
+    def curves(self):
+        """The narrowest network (dashed) and the widest over the epochs: paired gain, each seed in grey; test data from
+        the first drop of the rate on; training loss. Dotted: drops of the rate."""
+        fig = sheet(self.of("clean", "noisy"), ("{0}",), ("{1}",), ("training loss",))
+        for axes, load in fig.columns:
+            rate, key = load.cells[0].run.history["lr"], f"test_{load.metric}"
+            drops = np.flatnonzero(rate[1:] < rate[:-1] / 2) + 1
+            for cell, style, name in ((load.cells[0], "--", "narrowest"), (load.cells[-1], "-", "widest")):
+                gains = np.array([a.sign * (b.history[key] - a.history[key]) for a, b in cell.pairs()]).T
+                axes[0].plot(np.arange(len(rate)) + 1, gains, style, color=GREY, linewidth=0.4)
+                axes[0].plot(np.arange(len(rate)) + 1, gains.mean(axis=1), style, color=SAM)
+                for i, (what, color) in enumerate((("SGD", SGD), ("SAM", SAM))):
+                    look = {"linestyle": style, "color": color, "label": f"{what}, {name}"}
+                    by_epoch(axes[1], cell, i, key, drops[0] if len(drops) else 0, **look)
+                    by_epoch(axes[2], cell, i, "train_loss", **look)
+            for ax in axes:
+                ticks(ax, {e: e for e in (1, *drops, len(rate))}, log=False, xlabel="epoch")
+                for drop in drops:
+                    ax.axvspan(drop + 0.5, drop + 0.5, color="black", linestyle=":", linewidth=0.7)
+        return fig
+
+    def functions(self):
+        """One hidden layer on 12 points (black) in one dimension: the functions of SGD (blue) and SAM (orange), a line
+        a seed, at four widths; by width, the total variation of the slope, sum of |f''|; training loss."""
+        rows = *[("f",)] * 4, ("sum of |f''|", "SGD, SAM", "bend of y"), ("training loss", "SGD, SAM", "train_loss")
+        fig = sheet([load for load in self.of("curve") if load.cells[0].run.function], *rows)
+        for (*axes, bend, loss), load in fig.columns:
+            for ax, i in zip(axes, np.linspace(0, len(load.cells) - 1, 4).round().astype(int)):
+                for run, color in [(r, c) for pair in load.cells[i].pairs() for r, c in zip(pair, (SGD, SAM))]:
+                    ax.plot(run.function["x"], run.function["y"], color=color, linewidth=0.7)
+                ax.plot(*CURVE, ".", color="black", markersize=4)
+                ax.set(xscale="linear", xlabel=f"x; width {load.cells[i].width}")
+            draw(bend, load.points("SGD", "bend of y_initial"), "at initialization", "^:", "black")
+            bend.set_yscale("log")
+            loss.set_yscale("log")
+        return fig
+
+    def convergence(self):
+        """Training loss at a constant rate, a line a width (mean over seeds): SAM, SGD. Below, the slope of ln(loss)
+        per epoch, and its R^2, over the epochs before the loss is 1e-7 of the first, where float32 ends."""
+        rows = ("SAM's\ntraining loss",), ("SGD's\ntraining loss",), ("slope of ln(loss)", "SGD, SAM", "rate")
+        fig = sheet(self.of("constant"), *rows, ("R^2", "SGD, SAM", "R^2"))
+        for axes, load in fig.columns:
+            for c in load.cells:
+                by_epoch(axes[0], c, 1, "train_loss", **fig.shade(c))
+                by_epoch(axes[1], c, 0, "train_loss", **fig.shade(c))
+        return fig
+
+    def sharpness(self):
+        """Largest eigenvalue of the Hessian and its non-uniformity s2 by width, and the training loss reached; below,
+        the eigenvalue by rho for each width. Dashed: bounds of the paper's theorem, which is about un-normalized SAM at
+        batch 1, hence references only; for squared loss at a constant rate."""
+        loads = [load for load in self if any(values for _, values in load.points("SAM", "lambda_max"))]
+        fig = sheet(loads, *[(name, "SGD, SAM", name) for name in ("lambda_max", "s2", "train_loss")], ("lambda_max",))
+        for (first, second, loss, last), load in fig.columns:
+            loss.set_yscale("log")
+            at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.radii}), start=1)}
+            for c in load.cells:
+                by_rho(last, c, at, "lambda_max", **fig.shade(c))
+            if load.settings["schedule"] == "constant" and load.settings["loss"] == "mse":
+                eta, chosen = load.settings["lr"], choose(load.cells)[0]
+                bound = {rho: 4 / eta / (1 + math.sqrt(1 + 8 * rho / eta)) for rho in (0, *at, chosen)}
+                last.plot([0, *at.values()], [*bound.values()][: len(at) + 1], "--", color="black", label="bounds")
+                for rho, color in ((0, SGD), (chosen, SAM)):
+                    first.axhline(bound[rho], color=color, linestyle="--")
+                    second.axhline(
+                        (eta * (eta - 2 * rho)) ** -0.5 if rho < eta / 2 else math.nan, color=color, linestyle="--"
+                    )
+        return fig
+
+    def layers(self):
+        """Where SAM acts: the last layer's share of the gradient's squared norm as SAM perturbs, mean over epochs; the
+        gain where SAM perturbs all parameters (SAM - SGD), all but the last layer's, or these alone."""
+        parts = [load for load in self.of("clean", "noisy") if load.points("rest") or load.points("last")]
+        return sheet(parts, ("last layer's\nshare (%)", "SAM", "share"), ("{0}", "gain, rest, last"))
+
+    def depth(self):
+        """Gain, and SGD and SAM, by the number of hidden layers of one width."""
+        return sheet(self.of("depth"), ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"))
 
 
-def curves(loads):
-    fig, axes = figure(2, loads, "Mean over seeds; SAM at its best rho.")
-    for column, load in zip(axes.T, loads):
-        for cell, style in {c.params: (c, s) for c, s in ((load.cells[-1], "-"), (load.cells[0], "--"))}.values():
-            for which, (name, color) in enumerate((("SGD", SGD), ("SAM", SAM))):
-                for ax, key in zip(column, ("train_acc", "test_acc")):
-                    runs = [[row[key] for row in pair[which]["history"]] for pair in cell.pairs(cell.best)]
-                    mean = 100 * np.mean(runs, axis=0)
-                    ax.plot(range(1, len(mean) + 1), mean, style, color=color, label=f"{name}, width {cell.width}")
-        for ax, name in zip(column, ("training accuracy (%)", "test accuracy (%)")):
-            ax.set_xlabel("epoch")
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            finish(ax, name)
-    return fig
+def table(rows):
+    """Markdown, of dicts with the same keys, without those that are empty in all."""
+    kept = [key for key in rows[0] if any(row[key] != "" for row in rows)] if rows else []
+    lines = kept, ["---"] * len(kept), *([row[key] for key in kept] for row in rows)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 def summary(loads):
-    head = ["width", "parameters", "non-zero", "noise", "pruner", "sparsity", "seeds", "best rho", "SGD %", "SAM %"]
-    head += ["gain", "gain, best epoch"]
-    lines = ["# Summary", "", "Accuracies on test images after the last epoch, in per cent; gains in points, with 95%"]
-    lines += ["confidence intervals of the paired differences. Best epoch: each run's best test accuracy over epochs,"]
-    lines += ["as the paper reports it: chosen on the test images."]
+    """Markdown: the trends, and a table for each workload."""
+    rows, text = [], ""
+    for load, stop in [(load, stop) for load in loads for stop in ("last", "held-out") if load.trends(stop)]:
+        trends = load.trends(stop)
+        whole = [values for _, values in load.points("gain", stop) if values.keys() >= trends["gain"].keys()]
+        row = {"workload": load.title, "epoch": STOPS[stop], "seeds": len(trends["gain"])}
+        row |= {"widths": f"{len(whole)} of {len(load.cells)}", "that rho": f"{choose(load.cells, stop)[0]:g}"}
+        rows.append(row | {what: load.say(values) for what, values in trends.items()})
+    trends, one = table(rows), {load: choose(load.cells)[0] for load in loads}
     for load in loads:
-        lines += ["", f"## {load.script}: {load.title}", "", f"rho is chosen on {load.chosen} images.", ""]
-        columns = [i for i, k in enumerate(head) if k not in ("noise", "pruner", "sparsity") or load.cells and
-                   getattr(load.cells[0], k) is not None]  # fmt: skip
-        rows = [head, ["---"] * len(head)]
+        rows = []
         for c in load.cells:
-            (sgd, _), (sam, _) = c.accuracy(0), c.accuracy(1)
-            gains = [f"{mean:+.2f} ± {half:.2f}" for mean, half in (c.gain(), c.gain(key="best_test_acc"))]
-            row = [c.width, f"{c.params:,}", f"{c.nonzero:,}", c.noise, c.pruner, c.sparsity, len(c.pairs(c.best))]
-            rows.append([*row, c.best, f"{sgd:.2f}", f"{sam:.2f}", *gains])
-        lines += ["| " + " | ".join(str(row[i]) for i in columns) + " |" for row in rows]
-        for c, value in load.diverged:
-            seeds = [s for s, run in sorted(c.sam[value].items()) if run["status"] == "diverged"]
-            lines += ["", f"Diverged: width {c.width}, rho {value}, seeds {', '.join(map(str, seeds))}."]
-    return "\n".join(lines) + "\n"
+            best, alike = choose([c])
+            edge = ", the grid's edge" * (len(c.tried) > 1 and best in (c.tried[0], c.tried[-1]))
+            row = {
+                "width": c.width,
+                "parameters": f"{c.params:,}",
+                "non-zero": f"{c.nonzero:,}",
+                "seeds": len(c.pairs()),
+            }
+            row |= {"rho": f"{best:g}{edge}", "within a standard error": f"{alike[0]:g} to {alike[-1]:g}"}
+            for name, what in {"SGD": ("SGD",), "SAM": ("SAM",), "SGD, training": ("SGD", "train")}.items():
+                row[name] = f"{interval(c.values(*what))[0]:.4g}"
+            gains = {"gain": c.values("gain"), f"gain at rho {one[load]:g}": c.values("gain", rho=one[load])}
+            others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
+            gains["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
+            gains |= {f"gain, {STOPS[stop]}": c.values("gain", stop) for stop in ("held-out", "paper")}
+            gains["SAM - SGD of twice the epochs"] = subtract(c.values("SAM"), c.values("twice"))
+            rows.append(row | {name: load.say(values) for name, values in gains.items()})
+        text += f"\n## {load.title}\n\n{table(rows)}"
+    return f"# Trends\n\nSlopes per tenfold parameters, over the widths that all seeds have.\n\n{trends}{text}"
 
 
 def main():
-    """Draws what the results suffice for, and says what is missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default="results", help="where the scripts put their results (default: results)")
     parser.add_argument("--figures", default="figures", help="where the figures go (default: figures)")
-    parser.error = lambda message: fail(f"{message} (--help lists the flags)")
+    parser.allow_abbrev, parser.error = False, lambda message: parser.exit(2, f"plot.py: {message}\n")
     args = parser.parse_args()
-    folder = Path(args.figures)
+    folder, (loads, left) = Path(args.figures), workloads(args.results)
+    if not loads:
+        parser.error(f"--results {args.results}: has no SAM run with a run of SGD at the same seed; run a script first")
+    matplotlib.rcParams |= {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.25}
+    lines, made = [f"{path}: left out, {why}" for path, why in left.items()], []
+    for load, c in ((each, c) for each in loads for c in each.cells):
+        if any(len(runs) > len(c.shared) for runs in c.sam.values()):
+            lines.append(f"{load.title}, width {c.width}: rho chosen of {c.radii} on the seeds they share, {c.shared}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for figure in [figure for name, figure in vars(Figures).items() if not name.startswith("_") and figure.__doc__]:
+            fig, name = figure(Figures(loads)), f"{figure.__name__}.png"
+            lines += [f"{name}: no room for {load.title}" for load in fig.left_out]
+            if fig.columns:
+                finish(fig, figure.__doc__, folder / name)
+                made.append(str(folder / name))
+            else:
+                lines.append(f"{name}: not drawn, no results for it")
+        text = f"{summary(loads)}\n## Left out\n\n" + "".join(f"- {line}\n" for line in lines)
+        (folder / "summary.md").write_text(text, encoding="utf-8")
     except OSError as error:
-        fail(f"--figures {folder}: cannot be made ({error.strerror}); name another folder")
-    loads = workloads(read(args.results))
-    if not loads:
-        fail(f"--results {args.results}: has no run of SAM with a run of SGD at the same seed; run a script first")
-    of = {script: [load for load in loads if load.script == script and load.cells] for script in SCRIPTS}
-    width = of["mlp_width"] + of["resnet_width"]
-    one_noise = width + [load.at_one_noise() for load in of["label_noise"]]
-    for draw, chosen, *more in (
-        (gain_by_width, width),
-        (accuracy_by_width, width),
-        (rho, one_noise),
-        (label_noise, of["label_noise"], width),
-        (sparsity, of["sparsity"], width),
-        (curves, one_noise),
-    ):
-        if not chosen:
-            print(f"{draw.__name__}.png: not drawn, its script has no pair of SGD and SAM results in {args.results}")
-            continue
-        fig = draw(chosen, *more)
-        fig.supxlabel(fig.caption, fontsize=8, color="#404040")
-        fig.tight_layout()
-        fig.savefig(folder / f"{draw.__name__}.png", dpi=150)
-        plt.close(fig)
-        print(folder / f"{draw.__name__}.png")
-    (folder / "summary.md").write_text(summary(loads), encoding="utf-8")
-    print(folder / "summary.md")
-
-
-def fail(message):
-    print(f"plot.py: {message}", file=sys.stderr)
-    sys.exit(2)
+        parser.error(f"--figures {folder}: cannot be written to ({error.strerror}); name another folder")
+    try:
+        print("\n".join([*lines, *made, str(folder / "summary.md")]), flush=True)
+    except BrokenPipeError:  # nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

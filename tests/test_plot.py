@@ -1,4 +1,4 @@
-"""plot.py's arithmetic on results made up here, where the right numbers are known."""
+"""plot.py on results made up here, where the right numbers are known: its statistics, its pairing, and odd folders."""
 
 import json
 import math
@@ -6,86 +6,529 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import plot
 
 ROOT = Path(__file__).parent.parent
+PARAMS = {"75-25": 61_035, "150-50": 125_810, "300-100": 266_610, "600-200": 593_210, "1200-400": 1_426_410}
+BASE = {"script": "mlp_width", "processes": 1, "hidden": "300-100", "filters": None, "sam": False, "rho": None}
+BASE |= {"adaptive": False, "perturb": "all", "epochs": 2, "batch_size": 128, "lr": 0.1, "momentum": 0.9}
+BASE |= {"weight_decay": 1e-4, "schedule": "step", "warmup": 0, "milestones": [0.25, 0.5, 0.75], "loss": "ce"}
+BASE |= {"sharpness": 0, "seed": 0, "dataset": "mnist", "data_dir": "data", "train_size": None, "val_size": 0}
+BASE |= {"device": "cpu", "amp": False, "compile": False, "fp32": False, "results": "results", "force": False}
 
 
-def result(sam=False, rho=None, seed=0, acc=0.9, val=None, width="300-100", status="done", **more):
-    config = {"script": "mlp_width", "hidden": width, "filters": None, "sam": sam, "rho": rho, "adaptive": False}
-    config |= {"seed": seed, "dataset": "mnist", "val_size": 0 if val is None else 100, "epochs": 1, **more}
-    row = {"epoch": 1, "train_acc": acc, "test_acc": acc} | ({} if val is None else {"val_acc": val})
-    params = {"75-25": 61_035, "300-100": 266_610}[width]
-    head = {"config": config, "num_params": params, "num_nonzero": params, "status": status}
-    return head | {"test_acc": acc, "best_test_acc": acc, "history": [row]}
+def run(rho=None, seed=0, acc=0.9, val=None, status="done", params=None, history=None, extra=None, **settings):
+    """A result: SAM's where rho is given; acc, val: accuracies of all epochs or a list of each epoch's."""
+    config = BASE | {"sam": rho is not None, "rho": rho, "seed": seed} | settings
+    config["val_size"] = config["val_size"] if val is None else 100
+    accs, vals = ([x] * config["epochs"] if not isinstance(x, list) else x for x in (acc, val))
+    rows = []
+    for epoch, (a, v) in enumerate(zip(accs, vals), start=1):
+        row = {"epoch": epoch, "lr": 0.1 if epoch == 1 else 0.01, "train_loss": 1 / epoch, "train_acc": 0.5 + a / 2}
+        row |= {"test_loss": 1 - a, "test_acc": a} | ({} if v is None else {"val_loss": 1 - v, "val_acc": v})
+        row |= {"train_clean_acc": a} if config.get("noise") else {}
+        rows.append(row | ({} if rho is None else {"last_layer_share": 0.2}))
+    params = params or PARAMS.get(config["hidden"], 1000 * (config["filters"] or 1))
+    result = {"config": config, "num_params": params, "num_nonzero": params, "status": status}
+    return result | {"history": rows if history is None else history} | (extra or {})
 
 
-def one(runs):
-    (load,) = plot.workloads(runs)
+def number_run(rho=None, seed=0, loss=1.0, val=None, **settings):
+    """A result of a regression: no accuracies."""
+    settings = {"dataset": "teacher", "loss": "mse", "hidden": "100"} | settings
+    result = run(rho, seed, val=0.5 if val is not None else None, **{"params": 10_201, **settings})
+    for row in result["history"]:
+        for key in [key for key in row if key.endswith("_acc")]:
+            del row[key]
+        row |= {"test_loss": loss} | ({} if val is None else {"val_loss": val})
+    return result
+
+
+def save(folder, results):
+    for i, result in enumerate(results):
+        path = folder / "results" / result["config"]["script"] / f"{i}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result))
+    return folder / "results"
+
+
+def read(folder, results):
+    return plot.workloads(save(folder, results))
+
+
+def one(folder, results):
+    (load,), _ = read(folder, results)
     return load
 
 
-def test_the_band_is_students_interval_of_paired_differences():
-    sgd, sam = (0.90, 0.80, 0.70), (0.91, 0.83, 0.72)  # differences 1, 3, 2: mean 2, deviation 1
-    runs = [result(seed=s, acc=a) for s, a in enumerate(sgd)] + [result(True, 0.1, s, a) for s, a in enumerate(sam)]
-    mean, half = one(runs).cells[0].gain()
-    assert math.isclose(mean, 2) and math.isclose(half, 4.303 / math.sqrt(3), rel_tol=1e-3)
+def draw(folder, *more):
+    command = [sys.executable, "plot.py", "--results", folder / "results", "--figures", folder / "figures", *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_seeds_without_a_partner_do_not_count():
-    runs = [result(seed=0), result(seed=1, acc=0.1), result(True, 0.1, 0, 0.95), result(True, 0.1, 2, 0.2)]
-    mean, half = one(runs).cells[0].gain(0.1)
-    assert math.isclose(mean, 5) and math.isnan(half)
+def pair(gain=0.01, rho=0.1, **settings):
+    """SGD and SAM at one seed."""
+    acc = settings.pop("acc", 0.9)
+    return [run(acc=acc, **settings), run(rho, acc=acc + gain, **settings)]
+
+
+# Statistics
+
+
+def test_the_interval_is_students():
+    mean, half = plot.interval({0: 1, 1: 3, 2: 2})  # deviation 1
+    assert mean == 2 and math.isclose(half, 4.3027 / math.sqrt(3), rel_tol=1e-4)
+    mean, half = plot.interval({0: 5})
+    assert mean == 5 and math.isnan(half)
+    for n, t in ((10, 2.2622), (11, 2.2281), (21, 2.0860), (101, 1.9840)):
+        values = dict(enumerate(np.random.default_rng(0).normal(size=n)))
+        deviation = np.std([*values.values()], ddof=1)
+        assert math.isclose(plot.interval(values)[1], t * deviation / math.sqrt(n), rel_tol=2e-3)
+
+
+def test_a_trend_is_each_seeds_slope_per_tenfold_parameters():
+    points = [(1e4, {0: 1.0, 1: 0.0}), (1e5, {0: 2.0, 1: 0.0}), (1e6, {0: 6.0, 1: 3.0})]
+    slopes, contrast = plot.trend(points)  # (6 - 1) / 2, (3 - 0) / 2
+    assert slopes == pytest.approx({0: 2.5, 1: 1.5}) and contrast == pytest.approx({0: 5, 1: 3})
+    uneven = plot.trend([(1e4, {0: 0.0}), (1e5, {0: 1.0}), (1e7, {0: 1.0})])[0]  # x - 16/3: -4/3 -1/3 5/3, y - 2/3
+    assert uneven[0] == pytest.approx((4 / 3 * 2 / 3 - 1 / 3 * 1 / 3 + 5 / 3 * 1 / 3) / (16 + 1 + 25) * 9)
+
+
+def test_a_trend_is_over_the_widths_that_all_seeds_have():
+    points = [(1e4, {0: 0.0, 1: 0.0}), (1e5, {0: 1.0, 1: 1.0}), (1e6, {0: 9.0})]
+    assert plot.trend(points)[0] == pytest.approx({0: 1, 1: 1})
+    assert plot.trend([*points, (1e7, {7: 3.0})])[0] == pytest.approx({0: 1, 1: 1})  # one width alone has seed 7
+    assert plot.trend(points[:1]) == ({}, {}) and plot.trend([]) == ({}, {})
+
+
+def test_gains_are_paired_by_seed(tmp_path):
+    sgd, sam = (0.90, 0.80, 0.70), (0.91, 0.83, 0.72)  # differences 1, 3, 2
+    results = [run(seed=s, acc=a) for s, a in enumerate(sgd)] + [run(0.1, s, a) for s, a in enumerate(sam)]
+    (cell,) = one(tmp_path, results).cells
+    assert cell.values("gain") == pytest.approx({0: 1, 1: 3, 2: 2})
+    assert cell.values("SGD") == pytest.approx({0: 90, 1: 80, 2: 70})
+    assert cell.values("SAM") == pytest.approx({0: 91, 1: 83, 2: 72})
+
+
+def test_the_three_stopping_rules(tmp_path):
+    sgd = run(acc=[0.5, 0.8, 0.7], val=[0.9, 0.8, 0.7], epochs=3)
+    sam = run(0.1, acc=[0.9, 0.95, 0.96], val=[0.1, 0.3, 0.2], epochs=3)
+    (cell,) = one(tmp_path, [sgd, sam]).cells
+    gains = {stop: cell.values("gain", stop)[0] for stop in plot.STOPS}
+    assert gains == pytest.approx({"last": 26, "held-out": 45, "paper": 16})
+
+
+def test_the_rule_that_picks_the_epoch_picks_rho(tmp_path):
+    runs = [run(acc=0.5, val=0.5), run(0.1, acc=[0.8, 0.6], val=[0.9, 0.6]), run(0.2, acc=[0.7, 0.7], val=[0.7, 0.7])]
+    (cell,) = one(tmp_path, runs).cells
+    assert [plot.choose([cell], stop)[0] for stop in ("last", "held-out", "paper")] == [0.2, 0.1, 0.1]
 
 
 @pytest.mark.parametrize(("vals", "best"), [((0.5, 0.6), 0.2), ((0.6, 0.5), 0.1), ((None, None), 0.1)])
-def test_the_best_rho_is_chosen_on_held_out_images_where_there_are_some(vals, best):
-    runs = [result(val=vals[0]), result(True, 0.1, acc=0.95, val=vals[0]), result(True, 0.2, acc=0.92, val=vals[1])]
-    load = one(runs)
-    assert load.cells[0].best == best and load.chosen == ("test" if vals[0] is None else "held-out")
+def test_rho_is_chosen_on_held_out_images_where_there_are_some(tmp_path, vals, best):
+    runs = [run(val=vals[0]), run(0.1, acc=0.95, val=vals[0]), run(0.2, acc=0.92, val=vals[1])]
+    load = one(tmp_path, runs)
+    assert plot.choose(load.cells)[0] == best and ("held-out" in load.stops) == (vals[0] is not None)
 
 
-def test_a_rho_that_diverged_is_not_best_and_is_told(tmp_path):
-    runs = [result(seed=0), result(seed=1), result(True, 0.1, 0, 0.91), result(True, 0.1, 1, 0.91)]
-    runs += [result(True, 0.5, 0, 0.99), result(True, 0.5, 1, 0.99, status="diverged")]
-    load = one(runs)
-    assert load.cells[0].best == 0.1 and [rho for _, rho in load.diverged] == [0.5]
-    assert "Diverged: width 300-100, rho 0.5, seeds 1." in plot.summary([load])
+def test_radii_are_compared_on_the_seeds_that_all_share(tmp_path):
+    runs = [run(seed=s) for s in range(3)] + [run(0.1, s, a) for s, a in enumerate((0.91, 0.99, 0.99))]
+    load = one(tmp_path, [*runs, run(0.2, 0, 0.92)])  # an interrupted sweep
+    assert plot.choose(load.cells) == (0.2, [0.2]) and load.cells[0].shared == [0]
+    assert "rho chosen of [0.1, 0.2] on the seeds they share, [0]" in draw(tmp_path).stdout
 
 
-def test_runs_with_other_settings_are_not_paired():
-    runs = [result(epochs=1), result(True, 0.1, epochs=1), result(epochs=2), result(True, 0.1, epochs=2)]
-    assert sorted(load.title for load in plot.workloads(runs)) == ["mnist, MLP, epochs 1", "mnist, MLP, epochs 2"]
+def test_the_range_of_rho_is_within_one_paired_standard_error(tmp_path):
+    scores = {0.1: (0.90, 0.92, 0.94), 0.2: (0.91, 0.93, 0.95), 0.5: (0.93, 0.90, 0.94)}
+    # 0.2 is best, 93; 0.1 loses 1 1 1 to it: error 0; 0.5 loses -2 3 1, mean 0.67, error sqrt(6.33 / 3) = 1.45
+    runs = [run(seed=s) for s in range(3)] + [
+        run(rho, s, a) for rho, accs in scores.items() for s, a in enumerate(accs)
+    ]
+    assert plot.choose(one(tmp_path, runs).cells) == (0.2, [0.2, 0.5])
 
 
-def test_clean_and_dense_runs_are_borrowed_from_scripts_with_the_same_settings_only():
-    pair = [result(**more) for more in ({}, {"sam": True, "rho": 0.1})]
-    noisy = [run | {"config": run["config"] | {"script": "label_noise", "noise": 0.5}} for run in pair]
-    other = [run | {"config": run["config"] | {"epochs": 2}} for run in pair]
-    for clean, labels in ((pair, ["0%", "50%"]), (other, ["50%"])):
-        loads = plot.workloads(clean + noisy)
-        figure = plot.label_noise(*([load for load in loads if load.script == s] for s in ("label_noise", "mlp_width")))
-        drawn = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-        assert [text.split()[0] for text in drawn] == labels
+def test_one_rho_for_all_widths_is_best_in_the_mean(tmp_path):
+    best = {"75-25": {0.1: 0.95, 0.2: 0.90, 0.5: 0.99}, "300-100": {0.1: 0.90, 0.2: 0.94, 0.05: 1.0}}
+    runs = [run(acc=0.8, hidden=h) for h in best]
+    load = one(tmp_path, runs + [run(rho, acc=a, hidden=h) for h, accs in best.items() for rho, a in accs.items()])
+    assert plot.choose(load.cells)[0] == 0.1  # 92.5 against 92; the others aren't tried at both
+    assert [values[0] for _, values in load.points("one rho")] == pytest.approx([15, 10])
+    assert [values[0] for _, values in load.points("gain")] == pytest.approx([19, 20])
 
 
-def test_a_radius_of_zero_is_not_the_best_one():
-    load = one([result(), result(True, 0.0, acc=0.9), result(True, 0.1, acc=0.95)])
-    assert load.cells[0].best == 0.1 and load.cells[0].gain(0.0)[0] == 0
+def test_rho_of_the_other_seeds(tmp_path):
+    runs = [run(seed=s, acc=0.5) for s in range(2)]
+    runs += [run(0.1, 0, 0.9), run(0.1, 1, 0.6), run(0.2, 0, 0.7), run(0.2, 1, 0.7)]
+    (cell,) = one(tmp_path, runs).cells  # seed 0 would take 0.2, by seed 1, and seed 1 0.1
+    assert [plot.choose([cell], without=seed)[0] for seed in (0, 1)] == [0.2, 0.1]
+    text = plot.summary([one(tmp_path, runs)])
+    header, _, row = (line.split(" | ") for line in text.splitlines()[-3:])
+    mean, half = 15, 12.706 * 5  # 20 and 10: deviation 7.07 / sqrt(2)
+    assert row[header.index("gain, rho of the other seeds")] == f"+{mean:.2f} ± {half:.2f} (not resolved)"
+
+
+def test_the_trend_table_has_both_stopping_rules_and_both_optimizers(tmp_path):
+    runs = []
+    for seed in range(3):
+        for hidden, last in (("75-25", 0.80), ("300-100", 0.70)):
+            runs.append(run(seed=seed, acc=[0.8, last], val=[0.8, last], hidden=hidden))
+            runs.append(run(0.1, seed, acc=[0.8, 0.85 + seed / 100], val=[0.8, 0.85], hidden=hidden))
+    load = one(tmp_path, runs)
+    decades = math.log10(266_610 / 61_035)
+    means = {what: plot.interval(values)[0] for what, values in load.trends().items()}
+    expected = {"gain": 10 / decades, "SGD": -10 / decades, "SAM": 0, "one rho": 10 / decades, "widest - narrowest": 10}
+    assert means == pytest.approx(expected, abs=1e-9)
+    assert plot.interval(load.trends("held-out")["SGD"])[0] == pytest.approx(0)
+    assert "| MNIST, MLP | best held-out epoch | 3 | 2 of 2 | 0.1 | " in plot.summary([load])
+    assert "+10.00 ± 0.00 |" in plot.summary([load])
+
+
+def test_where_targets_are_numbers_a_gain_is_in_test_loss(tmp_path):
+    runs = [number_run(loss=1.3, val=1.0), number_run(0.1, loss=1.1, val=0.7), number_run(0.2, loss=1.0, val=0.8)]
+    load = one(tmp_path, runs)
+    assert load.metric == "loss" and plot.choose(load.cells)[0] == 0.1
+    assert load.cells[0].values("gain")[0] == pytest.approx(0.2) and "+0.200" in plot.summary([load])
+    (tmp_path / "b").mkdir()
+    (cell,) = one(tmp_path / "b", [number_run(loss=1.3), number_run(0.1, loss=1.1), number_run(0.2, loss=1.0)]).cells
+    assert plot.choose([cell])[0] == 0.2  # on test loss, where nothing is held out
+
+
+def test_the_rate_is_fitted_before_float32_ends(tmp_path):
+    losses = [2 * math.exp(-0.9 * e) for e in range(18)] + [1e-8, 3e-8] * 6  # 2 exp(-16.2) is 0.9e-7 of the first
+    rows = [{"epoch": e, "lr": 0.1, "train_loss": x, "train_acc": 1, "test_loss": 1, "test_acc": 0.9}
+            for e, x in enumerate(losses, start=1)]  # fmt: skip
+    runs = [run(rho, history=rows, epochs=30, schedule="constant") for rho in (None, 0.1)]
+    numbers = one(tmp_path, runs).cells[0].run.numbers
+    assert numbers["rate"] == pytest.approx(-0.9) and numbers["R^2"] == pytest.approx(1)
+
+
+def test_the_total_variation_of_a_slope(tmp_path):
+    function = {"x": [0, 1, 2, 4], "y": [0, 1, 0, 4], "y_initial": [0, 0, 0, 0]}  # slopes 1 -1 2
+    run_ = number_run(dataset="curve", hidden="10", extra={"function": function})
+    numbers = one(tmp_path, [run_, run_ | {"config": run_["config"] | {"sam": True, "rho": 0.2}}]).cells[0].run.numbers
+    assert numbers["bend of y"] == pytest.approx(5) and numbers["bend of y_initial"] == 0
+
+
+def test_the_papers_values():
+    settings, points = plot.PAPER["cifar10"]
+    assert points.split()[2:4] == ["176402", ".66"] and settings["weight_decay"] == 5e-4 and settings["epochs"] == 200
+    assert [len(points.split()) for _, points in plot.PAPER.values()] == [10, 14, 10, 20]
+
+
+# What is paired with what
+
+
+def test_the_data_folder_matters(tmp_path):
+    loads, left = read(tmp_path, [run(acc=0.82, data_dir="data/mini"), run(acc=0.98), run(0.1, acc=0.985)])
+    assert len(loads) == 1 and loads[0].cells[0].values("gain") == pytest.approx({0: 0.5})
+    assert list(left.values()) == ["no run of SAM beside it"]
+
+
+def test_of_one_run_with_two_results_neither_is_used(tmp_path):
+    loads, left = read(tmp_path, [*pair(), run(0.1, acc=0.99, device="cuda")])
+    assert not loads and sorted(path.name for path, why in left.items() if "differs" in why) == ["1.json", "2.json"]
+
+
+def test_of_one_run_with_two_equal_results_one_is_used(tmp_path):
+    sharp = run(0.1, acc=0.91, device="cuda", sharpness=9, extra={"sharpness": {"trace": 1.0, "lambda_max": 3.0}})
+    loads, left = read(tmp_path, [*pair(), sharp])
+    assert not left and loads[0].cells[0].values("SAM", "lambda_max") == {0: 3}
+
+
+@pytest.mark.parametrize("key", ["processes", "lr", "val_size", "amp", "data_dir", "train_size", "optimizer", "loss"])
+def test_runs_with_other_settings_are_not_paired(tmp_path, key):
+    value = {"data_dir": "elsewhere", "optimizer": "adamw", "loss": "mse"}.get(key, 7)
+    loads, left = read(tmp_path, [run(), run(0.1, **{key: value})])
+    assert not loads and len(left) == 2
+
+
+def test_where_a_run_happened_does_not_matter(tmp_path):
+    load = one(tmp_path, [run(), run(0.1, device="cuda", results="r2", force=True, workers=4, sharpness=100)])
+    assert len(load.cells) == 1
+
+
+def test_a_flag_that_an_older_file_lacks_is_at_its_default(tmp_path):
+    old = run()
+    for key in ("loss", "schedule", "warmup", "perturb", "sharpness", "processes", "milestones"):
+        del old["config"][key]
+    assert one(tmp_path, [old, run(0.1, acc=0.92)]).cells[0].values("gain") == pytest.approx({0: 2})
+
+
+def test_mlps_and_resnets_are_not_one_series(tmp_path):
+    loads, _ = read(tmp_path, [*pair(), *pair(hidden=None, filters=16, script="resnet_width")])
+    assert sorted(load.title for load in loads) == ["MNIST, MLP", "MNIST, ResNet-18"]
+
+
+def test_two_folders_of_one_name_have_two_titles(tmp_path):
+    loads, _ = read(tmp_path, [*pair(dataset="/a/birds"), *pair(dataset="/b/birds"), *pair(dataset="/x/cifar10-jpeg")])
+    titles = [load.title for load in loads]
+    assert len(set(titles)) == 3 and "CIFAR-10 (JPEG copy), MLP" in titles and any("/a/birds" in t for t in titles)
+
+
+def test_several_learning_rates_have_titles_of_their_own(tmp_path):
+    loads, _ = read(tmp_path, [r for lr in (0.1, 0.05, 0.2) for r in pair(lr=lr)])
+    assert sorted(load.title for load in loads) == ["MNIST, MLP", "MNIST, MLP, lr 0.05", "MNIST, MLP, lr 0.2"]
+
+
+def test_noise_rates_are_told_apart(tmp_path):
+    loads, _ = read(tmp_path, [r for n in (0.004, 0.015, 0.024) for r in pair(script="label_noise", noise=n)])
+    assert sorted(load.title for load in loads) == [f"MNIST, MLP, {n}% flipped" for n in ("0.4", "1.5", "2.4")]
+
+
+def test_own_noise_0_cells_stand_beside_the_clean_cells_of_other_widths(tmp_path):
+    clean = [*pair(hidden="75-25"), *pair(hidden="600-200")]
+    loads, left = read(tmp_path, [*clean, *pair(hidden="300-100", script="label_noise", noise=0.0)])
+    assert [c.width for c in loads[0].cells] == ["75-25", "300-100", "600-200"] and len(loads) == 1 and not left
+
+
+def test_widths_are_sorted_as_numbers(tmp_path):
+    load = one(tmp_path, [r for h in ("1200-400", "75-25", "600-200") for r in pair(hidden=h)])
+    assert [c.width for c in load.cells] == ["75-25", "600-200", "1200-400"]
+
+
+def test_equal_layers_are_a_depth_not_a_width(tmp_path):
+    params = {"300": 238_510, "300-300": 328_810, "300-300-300": 419_110}
+    runs = [r for h, n in params.items() for r in pair(hidden=h, params=n)] + pair(hidden="75-25") + pair()
+    loads, _ = read(tmp_path, runs)
+    deep, wide = sorted(loads, key=lambda load: load.role() == "clean")
+    assert [x for x, _ in deep.points("gain")] == [1, 2, 3] and deep.role() == "depth"
+    assert [c.width for c in wide.cells] == ["75-25", "300-100"] and wide.title == "MNIST, MLP"
+
+
+def test_one_layer_nets_are_a_width_series(tmp_path):
+    runs = [r for h in (100, 400, 1000) for r in pair(hidden=str(h), params=102 * h + 1)]
+    load = one(tmp_path, runs)
+    assert load.role() == "clean" and len(load.cells) == 3
+
+
+def test_sgd_at_twice_the_epochs_belongs_to_the_workload(tmp_path):
+    loads, left = read(tmp_path, [*pair(), run(acc=0.905, epochs=4)])
+    assert loads[0].points("twice")[0][1] == pytest.approx({0: 90.5}) and not left and len(loads) == 1
+    assert "+0.50 (one seed) |\n" in plot.summary(loads)
+
+
+def test_pairs_without_weight_decay_and_partial_perturbations_belong_to_the_workload(tmp_path):
+    runs = [
+        *pair(),
+        *pair(0.002, weight_decay=0.0),
+        run(0.1, acc=0.93, perturb="rest"),
+        run(0.1, acc=0.94, perturb="last"),
+    ]
+    loads, _ = read(tmp_path, runs)
+    (load,) = [load for load in loads if load.role() == "clean"]
+    gains = {what: load.points(what)[0][1][0] for what in ("gain", "no decay", "rest", "last")}
+    assert gains == pytest.approx({"gain": 1, "no decay": 0.2, "rest": 3, "last": 4}) and load.title == "MNIST, MLP"
+    assert sorted(load.role() for load in loads) == ["clean", "decay", "part", "part"]
+
+
+def test_a_script_of_ones_own(tmp_path):
+    runs = []
+    for width, params in ((64, 1000), (128, 4000)):
+        for optimizer in ("sgd", "adamw"):
+            runs += pair(script="mine", hidden=None, d_model=width, params=params, optimizer=optimizer)
+    for result in runs:
+        del result["config"]["hidden"], result["config"]["filters"]
+        if result["config"]["optimizer"] == "sgd":  # files from before the flag
+            del result["config"]["optimizer"]
+    loads, left = read(tmp_path, runs)
+    assert not left and len(loads) == 2 and [[c.width for c in load.cells] for load in loads] == [["1k", "4k"]] * 2
+    assert draw(tmp_path).returncode == 0
+
+
+def test_the_papers_points_are_drawn_where_the_settings_are_its_own(tmp_path):
+    paper = {"epochs": 100, "val_size": 5000}
+    loads, _ = read(tmp_path, [*pair(**paper), *pair(**paper, lr=0.05), *pair(epochs=2)])
+    assert [len(load.paper) for load in sorted(loads, key=lambda load: -len(load.paper))] == [5, 0, 0]
+    resnet = {"script": "resnet_width", "hidden": None, "filters": 4, "epochs": 200, "weight_decay": 5e-4}
+    (tmp_path / "b").mkdir()
+    assert len(one(tmp_path / "b", pair(**resnet, dataset="/data/cifar10-jpeg", milestones=[0.5, 0.75])).paper) == 7
+
+
+def test_sparse_networks_are_matched_by_their_non_zero_parameters(tmp_path):
+    sparse = [r | {"num_nonzero": 61_500} for r in pair(0.03, script="sparsity", sparsity=0.77, pruner="snip")]
+    loads, _ = read(tmp_path, [*pair(hidden="75-25"), *pair(0.02), *sparse])
+    fig = plot.Figures(loads).sparsity()
+    (bottom,) = [axes[2] for axes, _ in fig.columns]
+    assert [list(line.get_ydata()) for line in bottom.lines if line.get_marker() == "D"] == [pytest.approx([2])]
+
+
+def test_pruner_and_sparsity_zero_are_dense(tmp_path):
+    loads, left = read(tmp_path, [*pair(hidden="75-25"), *pair(script="sparsity", sparsity=0.0, pruner="snip")])
+    assert len(loads) == 1 and len(loads[0].cells) == 2 and not left
+
+
+# What is left out is said
+
+
+def test_a_radius_that_diverged_is_not_best_and_is_said(tmp_path):
+    runs = [run(seed=0), run(seed=1), run(0.1, 0, 0.91), run(0.1, 1, 0.91), run(0.5, 0, 0.99)]
+    loads, left = read(tmp_path, [*runs, run(0.5, 1, 0.99, status="diverged", history=[])])
+    assert plot.choose(loads[0].cells)[0] == 0.1 and loads[0].cells[0].diverged == [0.5]
+    assert {path.name: why for path, why in left.items()} == {
+        "4.json": "SAM diverged at this rho, or no run of SGD beside it",
+        "5.json": "diverged",
+    }
+
+
+def test_sgd_that_diverged_is_said_and_its_width_too(tmp_path):
+    runs = [*pair(hidden="75-25"), run(status="diverged", history=[]), run(0.1)]
+    loads, left = read(tmp_path, runs)
+    assert [c.width for c in loads[0].cells] == ["75-25"]
+    assert [left[path] for path in sorted(left)][0] == "diverged" and len(left) == 2
+    done = draw(tmp_path)
+    assert done.returncode == 0 and "2.json: left out, diverged" in done.stdout and "no run of SGD" in done.stdout
+
+
+def test_seeds_and_widths_on_one_side_are_said(tmp_path):
+    runs = [*pair(), run(seed=1), run(0.1, seed=2), run(hidden="75-25"), run(0.1, hidden="600-200")]
+    loads, left = read(tmp_path, runs)
+    assert [path.name for path in sorted(left)] == ["2.json", "3.json", "4.json", "5.json"]
+    assert loads[0].cells[0].values("gain").keys() == {0}
+
+
+def test_reading_a_radius_that_is_not_there_makes_none(tmp_path):
+    (cell,) = one(tmp_path, pair()).cells
+    assert cell.values("gain", rho=0.7) == {} and list(cell.sam) == [0.1]
+
+
+BROKEN = {
+    "torn": '{"config": {',
+    "list": "[1, 2]",
+    "empty": "",
+    "older": '{"config": {}}',
+    "deep": "[" * 100_000,
+    "history": json.dumps(run(history=[])),
+    "short": json.dumps(run(epochs=3, acc=[0.1, 0.2])),
+    "nan": json.dumps(run(acc=math.nan)),
+    "text": json.dumps(run(params="many")),
+    "latin": "\xff",
+}
 
 
 def test_a_foreign_file_is_named_and_the_rest_is_drawn(tmp_path):
-    folder = tmp_path / "results" / "mlp_width"
-    folder.mkdir(parents=True)
-    for i, run in enumerate([result(), result(True, 0.1), result(width="75-25"), result(True, 0.1, width="75-25")]):
-        (folder / f"{i}.json").write_text(json.dumps(run))
-    for name, text in {"torn": '{"config": {', "foreign": "[1, 2]", "older": '{"config": {}}'}.items():
-        (folder / f"{name}.json").write_text(text)
-    command = [sys.executable, "plot.py", "--results", tmp_path / "results", "--figures", tmp_path / "figures"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
-    lines = done.stderr.splitlines()
-    assert len(lines) == 3 and all(any(name in line for line in lines) for name in ("torn", "foreign", "older"))
+    save(tmp_path, [*pair(), *pair(hidden="75-25")])
+    for name, text in BROKEN.items():
+        (tmp_path / "results" / "mlp_width" / f"{name}.json").write_text(text, encoding="latin-1")
+    (tmp_path / "results" / "mlp_width" / "folder.json").mkdir()
+    done = draw(tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    for name in [*BROKEN, "folder"]:
+        assert f"{name}.json: left out, not a result file" in done.stdout
     assert (tmp_path / "figures" / "gain_by_width.png").exists()
+    assert "torn.json" in (tmp_path / "figures" / "summary.md").read_text()
+
+
+# Whole folders
+
+
+def everything():
+    """Every experiment in small, with three seeds and three widths."""
+    runs, widths = [], ("75-25", "300-100", "1200-400")
+    for seed in range(3):
+        for i, hidden in enumerate(widths):
+            s = {"seed": seed, "hidden": hidden, "val": 0.8}
+            sharp = {"trace": 1.0, "lambda_max": 20.0 + i + seed, "s2": 9.0, "images": 10}
+            runs += [run(acc=0.9, extra={"sharpness": sharp}, **s), run(acc=0.91, epochs=4, **s)]
+            runs += [run(r, acc=0.9 + r * (i + 1) / 20, extra={"sharpness": sharp}, **s) for r in (0.1, 0.2)]
+            runs += pair(weight_decay=0.0, **s)
+            runs += [r for noise in (0.25, 0.5) for r in pair(0.02, noise=noise, script="label_noise", **s)]
+            runs += [run(0.1, noise=0.5, script="label_noise", perturb=part, **s) for part in ("rest", "last")]
+            runs += pair(schedule="constant", loss="mse", momentum=0.0, epochs=6, extra={"sharpness": sharp}, **s)
+            sparse = pair(script="sparsity", sparsity=0.7, pruner="random", **s)
+            runs += [r | {"num_nonzero": r["num_params"] // 4} for r in sparse]
+        for hidden in ("300", "300-300", "300-300-300"):
+            runs += pair(seed=seed, hidden=hidden, params=90_000 * len(hidden))
+        for width in (10, 100, 1000):
+            runs += [number_run(r, seed, 1.2, 1.2, hidden=str(width), params=102 * width + 1) for r in (None, 0.1)]
+            function = {"x": list(range(5)), "y": [0, 1, 0, width, 2], "y_initial": [0, 2, 1, 3, 0]}
+            s = {"hidden": str(width), "params": 3 * width, "schedule": "constant", "extra": {"function": function}}
+            runs += [number_run(r, seed, 0.2, dataset="curve", **s) for r in (None, 0.2)]
+    return runs
+
+
+def test_every_figure_is_drawn_from_a_whole_folder(tmp_path):
+    save(tmp_path, everything())
+    done = draw(tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    figures = "gain_by_width accuracy_by_width rho label_noise sparsity regularization interpolation curves functions"
+    figures += " convergence sharpness layers depth"
+    assert names == {"summary.md", *(f"{name}.png" for name in figures.split())} and "not drawn" not in done.stdout
+
+
+def test_a_folder_with_a_missing_piece_is_drawn_and_said(tmp_path):
+    runs = everything()
+    missing = runs.pop(next(i for i, r in enumerate(runs) if r["config"].get("noise") == 0.5 and r["config"]["sam"]))
+    assert missing["config"]["hidden"] == "75-25" and missing["config"]["seed"] == 0
+    save(tmp_path, runs)
+    done = draw(tmp_path)
+    assert (
+        done.returncode == 0
+        and "| MNIST, MLP, 50% flipped | last epoch | 3 | 2 of 3 |" in (tmp_path / "figures" / "summary.md").read_text()
+    )
+
+
+ODD = {
+    "one seed": pair() + pair(hidden="75-25"),
+    "one width": [r for seed in range(3) for r in pair(seed=seed)],
+    "gaps between widths": [r for h in PARAMS for r in pair(hidden=h, seed=h == "150-50")],
+    "several learning rates": [r for lr in (0.1, 0.2, 0.3, 0.4) for r in pair(lr=lr)],
+    "30 widths": [r for i in range(1, 31) for r in pair(hidden=f"{30 * i}-{10 * i}", params=25_000 * i)],
+    "20 radii": [run()] + [run(i / 20) for i in range(20)],
+    "no radius in common": [*pair(rho=0.1), *pair(rho=0.2, hidden="75-25")],
+    "radii without a common seed": [run(), run(seed=1), run(0.1), run(0.2, seed=1), run(0.3, seed=1)],
+    "no drop of the rate": pair(schedule="cosine"),
+    "one epoch": pair(epochs=1),
+    "constant rate alone": pair(schedule="constant"),
+    "seeds that are words": [*pair(seed="a"), *pair(seed="b"), *pair(seed=3)],
+    "ASAM beside SAM": [*pair(), run(0.5, adaptive=True)],
+    "last perturbed alone": [run(), run(0.1, perturb="last")],
+    "pruned alone": pair(script="sparsity", sparsity=0.5, pruner="snip"),
+    "flipped alone": pair(script="label_noise", noise=0.5),
+    "all diverged but one": [*pair(), *(run(r, status="diverged", history=[]) for r in (1.0, 2.0))],
+    "a NaN before it diverged": [*pair(), run(0.7, acc=math.nan, status="diverged")],
+    "sharpness of SAM alone": [run(), run(0.1, extra={"sharpness": {"trace": 1.0, "lambda_max": 2.0}})],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_folders(tmp_path, name, monkeypatch, capsys):
+    save(tmp_path, ODD[name])
+    arguments = ["plot.py", "--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    plot.main()
+    assert capsys.readouterr().err == "" and (tmp_path / "figures" / "summary.md").exists()
+    for path in (tmp_path / "figures").glob("*.png"):
+        assert max(Image.open(path).size) < 3000
+
+
+def test_many_settings_give_a_picture_of_bounded_size_and_a_line_for_the_rest(tmp_path):
+    save(tmp_path, [r for i in range(20) for r in pair(lr=0.01 * (i + 1))])
+    done = draw(tmp_path)
+    assert done.returncode == 0 and done.stdout.count("gain_by_width.png: no room for MNIST, MLP") == 11
+    assert max(Image.open(tmp_path / "figures" / "gain_by_width.png").size) < 3000
+
+
+@pytest.mark.parametrize("runs", [[], [run()], [run(0.1)], [run(0.1), run(0.2)], [run(seed=0), run(0.1, seed=1)]])
+def test_where_nothing_can_be_drawn_is_one_line_and_status_2(tmp_path, runs):
+    save(tmp_path, runs)
+    done = draw(tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--results" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--colour", "red"], ["--fig", "x"], ["--figures", "README.md"]])
+def test_bad_flags_are_one_line_and_status_2(tmp_path, flags):
+    save(tmp_path, pair())
+    done = draw(tmp_path, *flags)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and flags[0] in done.stderr
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path):
+    save(tmp_path, pair() + [run(seed=s) for s in range(100, 400)])
+    command = f"{sys.executable} plot.py --results {tmp_path}/results --figures {tmp_path}/figures | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and (tmp_path / "figures" / "summary.md").exists()
