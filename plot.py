@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import textwrap
 from collections import defaultdict
 from pathlib import Path
@@ -34,12 +33,9 @@ LOOK = {  # what is drawn by width: label, style, colour, of whom, and which set
     "no decay": ("without weight decay", "s--", "black", "gain", {"weight_decay": 0.0}),
     "rest": ("all but the last layer perturbed", "^--", "#CC79A7", "gain", {"perturb": "rest"}),
     "last": ("the last layer alone perturbed", "v--", "#009E73", "gain", {"perturb": "last"}),
-    "dense": ("SAM - SGD, dense", "o-", SAM, "gain", {"pruner": None}),
-    "dense SGD": ("SGD, dense", "s-", SGD, "SGD", {"pruner": None}),
-    "dense SAM": ("SAM, dense", "o-", SAM, "SAM", {"pruner": None}),
-    "sparse": ("SAM - SGD, pruned", "D", "black", "gain", {}),
-    "sparse SGD": ("SGD, pruned", "s", SGD, "SGD", {}),
-    "sparse SAM": ("SAM, pruned", "o", SAM, "SAM", {}),
+    "dense": ("SAM - SGD, dense", "o:", "black", "gain", {"pruner": None}),
+    "dense SGD": ("SGD, dense", "s:", SGD, "SGD", {"pruner": None}),
+    "dense SAM": ("SAM, dense", "o:", SAM, "SAM", {"pruner": None}),
 }
 MNIST = {"model": "MLP", "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 MNIST |= {"noise": 0, "pruner": None, "perturb": "all", "loss": "ce", "schedule": "step", "train_size": None}
@@ -59,11 +55,13 @@ WORDS = {"acc": ("gain (points)", "test accuracy (%)", "training accuracy (%)")}
 WORDS |= {"loss": ("gain in test loss", "test loss", "training loss")}
 STOPS = {"last": "last epoch", "held-out": "best held-out epoch", "paper": "best test epoch (the paper's)"}
 KEYS = "lr train_loss train_acc test_loss test_acc val_loss val_acc train_clean_acc last_layer_share".split()
-DEFAULTS = {  # of flags that a result file may lack
-    **{"hidden": None, "filters": None, "depth": 18, "image_size": None, "loss": "ce", "schedule": "step", "warmup": 0},
-    **{"adaptive": False, "perturb": "all", "train_size": None, "val_size": 0, "processes": 1, "data_dir": "data"},
-    **{"noise": 0, "sparsity": 0, "pruner": None, "amp": False, "compile": False, "fp32": False, "weight_decay": 0},
+DEFAULTS = dict.fromkeys(("hidden", "filters", "image_size", "train_size", "pruner"))  # of flags that a file may lack
+DEFAULTS |= dict.fromkeys(("noise", "sparsity", "epochs", "val_size", "warmup", "weight_decay"), 0) | {
+    "depth": 18,
+    "processes": 1,
 }
+DEFAULTS |= dict.fromkeys(("adaptive", "amp", "compile", "fp32"), False) | {"loss": "ce", "schedule": "step"}
+DEFAULTS |= {"perturb": "all", "data_dir": "data", "processes": 1}
 PLACE = {"device", "results", "force", "workers", "sharpness"}  # where a run was, and what was measured after it
 VARIED = {"hidden", "filters", "sam", "rho", "seed", "sparsity"}  # within a workload
 SCRIPTS = {"mlp_width", "resnet_width", "label_noise", "sparsity"}
@@ -101,9 +99,9 @@ class Run:
     def __init__(self, path):
         self.path, result = path, json.loads(path.read_bytes())
         config, rows, self.status = DEFAULTS | result["config"], result["history"], result["status"]
-        complete = 0 < len(rows) == config.get("epochs", len(rows))
+        complete = 0 < len(rows) == (config["epochs"] or len(rows))
         if self.status not in ("done", "diverged") or (self.status == "done" and not complete):
-            raise ValueError(f"{self.status}, with {len(rows)} of {config.get('epochs')} epochs in its history")
+            raise ValueError(f"{self.status}, with {len(rows)} of {config['epochs']} epochs in its history")
         keys = [key for key in KEYS if rows and key in rows[0]]
         arrays = np.array([[row[key] for key in keys] for row in rows], float).T
         self.history = {key: values * (100 if key.endswith("acc") else 1) for key, values in zip(keys, arrays)}
@@ -127,9 +125,7 @@ class Run:
         own = {} if self.layers or filters else settings.keys() - {*DEFAULTS, *MNIST}
         own = sorted(key for key in own if type(settings[key]) is float and key != "noise")
         cell = self.width, self.params, self.sparsity, *map(settings.pop, own)
-        self.variant = freeze({key: settings.pop(key) for key in ("adaptive", "perturb")})  # of SAM
-        self.optimizer = self.rho is not None and (self.variant, self.rho)
-        self.key = freeze(settings), cell, self.optimizer, self.seed
+        self.key = freeze(settings), cell, self.rho, self.seed
         self.function = {key: np.array(values, float) for key, values in (result.get("function") or {}).items()}
         self.numbers = {k: float(v) for k, v in (result.get("sharpness") or {}).items() if v is not None}
         self.outcome = self.status, tuple(self.history.get("test_loss", ()))
@@ -247,6 +243,10 @@ class Workload:
         found = {what: trend(self.points(what, stop))[0] for what in ("gain", "SGD", "SAM", "one rho")}
         return found | {"widest - narrowest": trend(self.points("gain", stop))[1]} if found["gain"] else {}
 
+    def slope(self):
+        slopes = self.trends().get("gain", {})
+        return f"\n{self.say(slopes)}, {len(slopes)} seeds" if slopes else ""
+
     def say(self, values):
         """Mean and interval of a gain, and where it includes zero, that it does."""
         (mean, half), digits = interval(values) if values else (0, 0), 2 if self.metric == "acc" else 3
@@ -256,28 +256,27 @@ class Workload:
 
 def workloads(folder):
     """The workloads of the result files below the folder, and {path: why} of those that are in none."""
-    found, sgd, sam, cells = defaultdict(list), defaultdict(dict), defaultdict(dict), defaultdict(list)
-    loads, left = {}, {}
+    found, group, cells, loads, left = defaultdict(list), defaultdict(dict), defaultdict(list), {}, {}
     for path in sorted(Path(folder).glob("*/*.json")):
         try:
             run = Run(path)
             found[run.key].append(run)
         except Exception as error:  # a foreign file may be anything
             left[path] = f"not a result file ({type(error).__name__}: {error})"
-    for (settings, cell, optimizer, seed), twins in found.items():
-        run = max(twins, key=lambda run: "trace" in run.numbers)
-        if len({twin.outcome for twin in twins}) > 1:
-            left |= {twin.path: "another result of the same run differs" for twin in twins}
-        elif optimizer:
-            sam[settings, cell, run.variant].setdefault(run.rho, {})[seed] = run
-        elif run.status == "done":
-            sgd[settings, cell][seed] = run
-    for (frozen, cell, variant), radii in sam.items():
-        settings = json.loads(frozen)
-        twice = sgd.get((freeze(settings | {"epochs": 2 * settings.get("epochs", 0)}), cell), {})
-        made = Cell(sgd[frozen, cell], radii, twice) if (frozen, cell) in sgd else None
-        if made and made.radii:
-            cells[freeze(settings | json.loads(variant))].append(made)
+    for (settings, cell, rho, seed), twins in found.items():
+        if len({run.outcome for run in twins}) > 1:
+            left |= {run.path: "another result of the same run differs" for run in twins}
+        else:
+            group[settings, cell].setdefault(rho, {})[seed] = max(twins, key=lambda run: "trace" in run.numbers)
+    for (settings, cell), radii in group.items():
+        base = json.loads(settings) | {"adaptive": False, "perturb": "all"}
+        beside = [(freeze(base | {"epochs": times * base["epochs"]}), cell) for times in (1, 2)]
+        sgd, twice = (
+            {s: r for s, r in group.get(key, {}).get(None, {}).items() if r.status == "done"} for key in beside
+        )
+        sam = {rho: runs for rho, runs in radii.items() if rho is not None}
+        if sgd and sam and (made := Cell(sgd, sam, twice)).radii:
+            cells[settings].append(made)
     loads |= {key: Workload(json.loads(key), made, loads) for key, made in cells.items()}
     for load in [load for load in loads.values() if load.deep and load.find(shape=[0])]:  # one layer is a depth, too
         one = load.find(shape=[0])
@@ -286,7 +285,7 @@ def workloads(folder):
     parts = [runs for made in cells.values() for c in made for runs in (c.sgd, c.twice, *c.sam.values())]
     used = {run.key for runs in parts for run in runs.values()}
     for run in [twins[0] for key, twins in found.items() if key not in used]:
-        why = "SAM diverged at this rho, or no run of SGD" if run.optimizer else "no run of SAM"
+        why = "SAM diverged at this rho, or no run of SGD" if run.rho is not None else "no run of SAM"
         left.setdefault(run.path, "diverged" if run.status == "diverged" else f"{why} beside it")
     for key in sorted(
         {key for load in loads.values() for key in load.settings}, key=lambda key: (key != "dataset", key)
@@ -330,13 +329,18 @@ def ticks(ax, names, log=True, **more):
     ax.set_xticks([*names], [""] * len(names), minor=True)
 
 
-def by_rho(ax, cell, at, number, **style):
-    """A cell's means over the seeds that its radii share, SGD's at 0 and SAM's at {rho: x}; returns {x: mean}."""
-    runs = {0: cell.sgd} | {at[rho]: cell.sam[rho] for rho in cell.radii}
-    y = {x: np.mean([runs[x][seed].numbers.get(number, math.nan) for seed in cell.shared]) for x in runs}
-    ax.plot([*y], [*y.values()], ".-", linewidth=1, **style)
+def by_rho(ax, load, number, shade):
+    """A line a cell: means over the seeds that its radii share, evenly spaced from SGD (0) on; returns {rho: x}."""
+    at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.tried}), start=1)}
+    for c in load.cells:
+        runs, best = {0: c.sgd} | {at[rho]: c.sam[rho] for rho in c.radii}, at[choose([c])[0]]
+        y = {x: np.mean([runs[x][seed].numbers.get(number, math.nan) for seed in c.shared]) for x in runs}
+        ax.plot([*y], [*y.values()], ".-", linewidth=1, **shade(c))
+        ax.plot(best, y[best], "o", markerfacecolor="none", color=SAM, markersize=8)
+        for rho in c.diverged:
+            ax.text(at[rho], 0.02, "x", color=shade(c)["color"], transform=ax.get_xaxis_transform())
     ticks(ax, {0: "SGD"} | {x: f"{rho:g}" for rho, x in at.items()}, log=False, xlabel="rho")
-    return y
+    return at
 
 
 def by_epoch(ax, cell, i, key, start=0, **style):
@@ -353,8 +357,7 @@ def sheet(loads, *rows):
     fig.columns, fig.left_out, fig.places, top = [], loads[9:], {}, 0
     across = {1: 1, 2: 2, 4: 2}.get(len(shown), 3)
     wide = (3, 2.1, 1.65)[across - 1]  # inches
-    slopes = [load.say(load.trends().get("gain", {})) if rows[0][0] == "{0}" else "" for load in shown]
-    titles = [f"{textwrap.fill(load.title, int(13 * wide))}\n{slope}".strip() for load, slope in zip(shown, slopes)]
+    titles = [textwrap.fill(load.title, int(13 * wide)) + load.slope() * (rows[0][0] == "{0}") for load in shown]
     for i, load in enumerate(shown):
         if i % across == 0:
             top += bool(i) * 1.65 * len(rows) + 0.16 * max(t.count("\n") for t in titles[i : i + across]) + 0.25
@@ -364,6 +367,7 @@ def sheet(loads, *rows):
             fig.places[ax] = 0.65 + i % across * (wide + 0.7), top + 1.65 * row, wide, 1.15
             for what in whats[0].split(", ") if whats else ():
                 draw(ax, load.points(what, *whats[1:]), *LOOK[what])
+            ax.set_yscale("log" if whats[1:] in (["train_loss"], ["bend of y"]) else "linear")
             if name == "{0}":
                 ax.axhline(0, color="black", linewidth=0.7, zorder=0)
             names = [x for what in ("SGD", "dense") for x, _ in load.points(what)]
@@ -389,13 +393,12 @@ def finish(fig, caption, path):
             reach, bars = (y.max() - y.min()) or abs(y.max()) / 10 or 1, np.concatenate([y, *bars])
             low, high = max(np.nanmin(bars), y.min() - reach), min(np.nanmax(bars), y.max() + reach)
             ax.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
-    loads, (width, height) = [load for _, load in fig.columns], fig.get_size_inches()
-    seeds = " or ".join(map(str, sorted({len(c.shared) for load in loads for c in load.cells})))
-    on = " or ".join(sorted({"held-out" if "held-out" in load.stops else "test" for load in loads}))
-    caption += (
-        f" Means over {seeds} seeds, with Student's 95% intervals over seeds, on these test data, pointwise; grey: "
+    (width, height), how = (
+        fig.get_size_inches(),
+        "Means with Student's 95% intervals over seeds, on these test data, pointwise;",
     )
-    text = textwrap.fill(" ".join(f"{caption} each seed. rho is chosen on {on} data.".split()), int(17 * width))
+    how += " grey: each seed. rho is chosen on held-out data, on test data where none are held out."
+    text = textwrap.fill(" ".join(f"{caption} {how}".split()), int(17 * width))
     entries = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     across = max(1, int(13 * width / (max(map(len, entries), default=0) + 6)))
     below, legend = 0.14 * text.count("\n") + 0.3, 0.19 * math.ceil(len(entries) / across)
@@ -404,7 +407,7 @@ def finish(fig, caption, path):
     for ax, (x, y, w, h) in fig.places.items():
         ax.set_position((x / width, 1 - (y + h) / total, w / width, h / total))
     fig.text(0.05 / width, 0.05 / total, text, fontsize=7.5, va="bottom", linespacing=1.15)
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, below / total), "borderaxespad": 0}
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, below / total)}
     fig.legend(entries.values(), entries, ncols=across, frameon=False, handlelength=1.6, **place)
     fig.savefig(path, dpi=150)
 
@@ -438,12 +441,9 @@ class Figures(list):
         (dashed)."""
         fig = sheet(self.of("clean", "noisy"), ("{1}",), ("best rho",))
         for (top, bottom), load in fig.columns:
-            at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.tried}), start=1)}
+            at = by_rho(top, load, "last", fig.shade)
             for c in load.cells:
-                (best, alike), y = choose([c]), by_rho(top, c, at, "last", **fig.shade(c))
-                top.plot(at[best], y[at[best]], "o", markerfacecolor="none", color=SAM, markersize=8)
-                for rho in c.diverged:
-                    top.text(at[rho], 0.02, "x", color=fig.shade(c)["color"], transform=top.get_xaxis_transform())
+                best, alike = choose([c])
                 bottom.plot([c.params] * 2, [at[alike[0]], at[alike[-1]]], color=GREY)
                 bottom.plot(c.params, at[best], "o", color=SAM)
             for edge in (1, len(at)):
@@ -464,20 +464,19 @@ class Figures(list):
         return fig
 
     def sparsity(self):
-        """Networks pruned at initialization beside dense ones, by non-zero parameters: gain, SGD and SAM. Below, the
-        gain of sparse minus that of dense networks of as many (within 5%), by parameters before pruning."""
-        rows = ("{0}", "dense, sparse"), ("{1}", "dense SGD, dense SAM, sparse SGD, sparse SAM"), ("{0}",)
-        fig = sheet(self.of("sparse"), *rows)
+        """Networks pruned at initialization beside dense ones (dotted), by non-zero parameters: gain, SGD and SAM. Below,
+        their gain minus that of dense networks of as many (within 5%), by parameters before pruning."""
+        fig = sheet(self.of("sparse"), ("{0}", "dense, gain"), ("{1}", "dense SGD, dense SAM, SGD, SAM"), ("{0}",))
         for (top, middle, bottom), load in fig.columns:
             dense = load.find(pruner=None).cells if load.find(pruner=None) else []
             pairs = [(c, d) for c in load.cells for d in dense if 0.95 * d.params < c.nonzero < 1.05 * d.params]
             contrast = [
                 (c.params, subtract(c.values("gain"), d.values("gain"))) for c, d in pairs if d.params < c.params
             ]
-            draw(bottom, contrast, "sparse - dense", "D-", "black")
+            draw(bottom, contrast, "pruned - dense", "D-", "black")
             ticks(bottom, {c.params: short(c.params) for c in load.cells}, xlabel="parameters before pruning")
-            for ax in (top, middle):
-                ax.set_xlabel("non-zero parameters")
+            top.set_xlabel("non-zero parameters")
+            middle.set_xlabel("non-zero parameters")
         return fig
 
     def regularization(self):
@@ -525,15 +524,13 @@ class Figures(list):
         a seed, at four widths; by width, the total variation of the slope, sum of |f''|; training loss."""
         rows = *[("f",)] * 4, ("sum of |f''|", "SGD, SAM", "bend of y"), ("training loss", "SGD, SAM", "train_loss")
         fig = sheet([load for load in self.of("curve") if load.cells[0].run.function], *rows)
-        for (*axes, bend, loss), load in fig.columns:
+        for (*axes, bend, _), load in fig.columns:
             for ax, i in zip(axes, np.linspace(0, len(load.cells) - 1, 4).round().astype(int)):
                 for run, color in [(r, c) for pair in load.cells[i].pairs() for r, c in zip(pair, (SGD, SAM))]:
                     ax.plot(run.function["x"], run.function["y"], color=color, linewidth=0.7)
                 ax.plot(*CURVE, ".", color="black", markersize=4)
                 ax.set(xscale="linear", xlabel=f"x; width {load.cells[i].width}")
             draw(bend, load.points("SGD", "bend of y_initial"), "at initialization", "^:", "black")
-            bend.set_yscale("log")
-            loss.set_yscale("log")
         return fig
 
     def convergence(self):
@@ -553,11 +550,8 @@ class Figures(list):
         batch 1, hence references only; for squared loss at a constant rate."""
         loads = [load for load in self if any(values for _, values in load.points("SAM", "lambda_max"))]
         fig = sheet(loads, *[(name, "SGD, SAM", name) for name in ("lambda_max", "s2", "train_loss")], ("lambda_max",))
-        for (first, second, loss, last), load in fig.columns:
-            loss.set_yscale("log")
-            at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.radii}), start=1)}
-            for c in load.cells:
-                by_rho(last, c, at, "lambda_max", **fig.shade(c))
+        for (first, second, _, last), load in fig.columns:
+            at = by_rho(last, load, "lambda_max", fig.shade)
             if load.settings["schedule"] == "constant" and load.settings["loss"] == "mse":
                 eta, chosen = load.settings["lr"], choose(load.cells)[0]
                 bound = {rho: 4 / eta / (1 + math.sqrt(1 + 8 * rho / eta)) for rho in (0, *at, chosen)}
@@ -589,16 +583,14 @@ def table(rows):
 
 def summary(loads):
     """Markdown: the trends, and a table for each workload."""
-    rows, text = [], ""
-    for load, stop in [(load, stop) for load in loads for stop in ("last", "held-out") if load.trends(stop)]:
-        trends = load.trends(stop)
-        whole = [values for _, values in load.points("gain", stop) if values.keys() >= trends["gain"].keys()]
-        row = {"workload": load.title, "epoch": STOPS[stop], "seeds": len(trends["gain"])}
-        row |= {"widths": f"{len(whole)} of {len(load.cells)}", "that rho": f"{choose(load.cells, stop)[0]:g}"}
-        rows.append(row | {what: load.say(values) for what, values in trends.items()})
-    trends, one = table(rows), {load: choose(load.cells)[0] for load in loads}
+    trends, text = [], ""
     for load in loads:
-        rows = []
+        for stop, slopes in ((stop, load.trends(stop)) for stop in ("last", "held-out") if load.trends(stop)):
+            whole = [values for _, values in load.points("gain", stop) if values.keys() >= slopes["gain"].keys()]
+            row = {"workload": load.title, "epoch": STOPS[stop], "seeds": len(slopes["gain"])}
+            row |= {"widths": f"{len(whole)} of {len(load.cells)}", "that rho": f"{choose(load.cells, stop)[0]:g}"}
+            trends.append(row | {what: load.say(values) for what, values in slopes.items()})
+        rows, one = [], choose(load.cells)[0]
         for c in load.cells:
             best, alike = choose([c])
             edge = ", the grid's edge" * (len(c.tried) > 1 and best in (c.tried[0], c.tried[-1]))
@@ -611,14 +603,15 @@ def summary(loads):
             row |= {"rho": f"{best:g}{edge}", "within a standard error": f"{alike[0]:g} to {alike[-1]:g}"}
             for name, what in {"SGD": ("SGD",), "SAM": ("SAM",), "SGD, training": ("SGD", "train")}.items():
                 row[name] = f"{interval(c.values(*what))[0]:.4g}"
-            gains = {"gain": c.values("gain"), f"gain at rho {one[load]:g}": c.values("gain", rho=one[load])}
+            gains = {"gain": c.values("gain"), f"gain at rho {one:g}": c.values("gain", rho=one)}
             others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
             gains["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
             gains |= {f"gain, {STOPS[stop]}": c.values("gain", stop) for stop in ("held-out", "paper")}
             gains["SAM - SGD of twice the epochs"] = subtract(c.values("SAM"), c.values("twice"))
             rows.append(row | {name: load.say(values) for name, values in gains.items()})
-        text += f"\n## {load.title}\n\n{table(rows)}"
-    return f"# Trends\n\nSlopes per tenfold parameters, over the widths that all seeds have.\n\n{trends}{text}"
+        on = "held-out" if "held-out" in load.stops else "test"
+        text += f"\n## {load.title}\n\nrho is chosen on {on} data.\n\n{table(rows)}"
+    return f"# Trends\n\nSlopes per tenfold parameters, over the widths that all seeds have.\n\n{table(trends)}{text}"
 
 
 def main():
@@ -631,7 +624,7 @@ def main():
     if not loads:
         parser.error(f"--results {args.results}: has no SAM run with a run of SGD at the same seed; run a script first")
     matplotlib.rcParams |= {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.25}
-    lines, made = [f"{path}: left out, {why}" for path, why in left.items()], []
+    lines = [f"{path}: left out, {why}" for path, why in left.items()]
     for load, c in ((each, c) for each in loads for c in each.cells):
         if any(len(runs) > len(c.shared) for runs in c.sam.values()):
             lines.append(f"{load.title}, width {c.width}: rho chosen of {c.radii} on the seeds they share, {c.shared}")
@@ -640,19 +633,17 @@ def main():
         for figure in [figure for name, figure in vars(Figures).items() if not name.startswith("_") and figure.__doc__]:
             fig, name = figure(Figures(loads)), f"{figure.__name__}.png"
             lines += [f"{name}: no room for {load.title}" for load in fig.left_out]
+            lines += [] if fig.columns else [f"{name}: not drawn, no results for it"]
             if fig.columns:
                 finish(fig, figure.__doc__, folder / name)
-                made.append(str(folder / name))
-            else:
-                lines.append(f"{name}: not drawn, no results for it")
         text = f"{summary(loads)}\n## Left out\n\n" + "".join(f"- {line}\n" for line in lines)
         (folder / "summary.md").write_text(text, encoding="utf-8")
     except OSError as error:
         parser.error(f"--figures {folder}: cannot be written to ({error.strerror}); name another folder")
     try:
-        print("\n".join([*lines, *made, str(folder / "summary.md")]), flush=True)
+        print("\n".join([*lines, f"{folder}: figures and summary.md"]), flush=True)
     except BrokenPipeError:  # nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":
