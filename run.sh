@@ -80,16 +80,18 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
 # Settings in which small ResNets memorize noisy labels, found on seed 0, which overnight does not use
 quick_resnets="label_noise.py --filters 2 4 8 --noise 0.5 --train-size 1000 --batch-size 32 --epochs 15"
 quick_resnet_rhos="0.2"
-overnight_resnets="label_noise.py --filters 4 8 16 --noise 0.5 --train-size 2000 --val-size 1000 --batch-size 32 --epochs 30"
+overnight_resnets="label_noise.py --filters 4 8 16 --noise 0.5 --epochs 30"
+overnight_resnets="$overnight_resnets --train-size 2000 --val-size 1000 --batch-size 32"
 overnight_resnet_rhos="0.1 0.2"
 
 overnight() { # an empty line ends a row: the rows stay in order, since the last ones may not be reached
     local three="--val-size 5000 --seed 0 1 2" five="--val-size 5000 --seed 0 1 2 3 4"
     local widths="75-25 150-50 300-100 1200-400"
     local noisy="label_noise.py --hidden $widths --train-size 10000"
-    both "0.05 0.1 0.2" $noisy --noise 0.25 0.5 0.75 --epochs 60 $five
-    sam "0.05 0.1 0.2" $noisy --noise 0.5 --perturb last --epochs 60 $five
-    sam "0.05 0.1 0.2" $noisy --noise 0.5 --perturb rest --epochs 60 $five
+    both "0.1 0.2 0.5" $noisy --noise 0.25 0.5 --epochs 60 $five
+    both "0.05 0.1 0.2" $noisy --noise 0.75 --epochs 60 $five
+    sam "0.1 0.2 0.5" $noisy --noise 0.5 --perturb last --epochs 60 $five
+    sam "0.1 0.2 0.5" $noisy --noise 0.5 --perturb rest --epochs 60 $five
     sgd $noisy --noise 0.5 --epochs 120 $five
     echo
     both "0.1 0.2 0.5 1" mlp_width.py --dataset teacher --hidden 100 200 300 400 500 600 700 800 900 1000 \
