@@ -7,6 +7,7 @@ Everything that is compared runs interleaved in one process. README.md quotes th
 
 import argparse
 import json
+import runpy
 import statistics
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import label_noise
 import mlp_width
 import resnet_width
 import sparsity
-from common import MLP, SAM, ResNet18, Run, Split, batches, build_model, load_data
+from common import MLP, SAM, ResNet18, Split, batches, build_model, load_data, result_path
 
 MINI = str(Path(__file__).parent.parent / "data" / "mini")
 
@@ -90,29 +91,45 @@ def sam_step(make, images, device, repeats):
     return interleaved(functions, repeats, device)
 
 
-def config_of(script, results, device, *argv, **defaults):
-    sys.argv = [script, "--data-dir", MINI, "--dataset", "mnist", "--device", device, "--results", results, *argv]
-    parser = common.flags("", **defaults)
-    parser.set_defaults(noise=0.5, pruner="random", sparsity=0.9)
-    return common.parse(parser)[0]
+def config_of(script, results, device, *argv):
+    """The run of a script's command line, its parser taken from the script's last lines."""
+    sys.argv = [
+        f"{script}.py",
+        "--data-dir",
+        MINI,
+        "--dataset",
+        "mnist",
+        "--device",
+        device,
+        "--results",
+        results,
+        *argv,
+    ]
+    parsers, main = [], common.main
+    common.main = lambda parser, train, settings_of: parsers.extend([parser, settings_of])
+    runpy.run_path(str(Path(common.__file__).with_name(f"{script}.py")), run_name="__main__")
+    common.main = main
+    return common.parse(*parsers)[0]
+
+
+def repeated(data, times):
+    """The training images several times over, and one test image, so that an epoch is all training."""
+    train = Split(data.train.inputs.repeat(times, 1, 1, 1), data.train.targets.repeat(times))
+    return data._replace(train=train, test=Split(data.test.inputs[:1], data.test.targets[:1]))
 
 
 def loops(device, repeats=5):
     """(name, an epoch of the script's loop, an epoch of the bare loop on preloaded batches), in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         for script, size in ((mlp_width, 4000), (label_noise, 4000), (sparsity, 4000), (resnet_width, 512)):
-            width = {"filters": [8]} if script is resnet_width else {"hidden": ["300-100"]}
+            width = ["--filters", "8"] if script is resnet_width else ["--hidden", "300-100"]
             for optimizer in ([], ["--sam"]):
-                config = config_of(
-                    script.__name__, folder, device, "--epochs", "1", "--train-size", f"{size}", *optimizer, **width
-                )
-                data = load_data(config)
-                times = 1 if script is resnet_width else 5
-                train = Split(data.train.images.repeat(times, 1, 1, 1), data.train.labels.repeat(times))
-                data = data._replace(train=train, test=Split(data.test.images[:1], data.test.labels[:1]))
+                argv = ["--epochs", "1", "--train-size", f"{size}", *optimizer, *width]
+                config = config_of(script.__name__, folder, device, *argv)
+                data = repeated(load_data(config), 1 if script is resnet_width else 5)
                 script.load_data = lambda config, data=data: data
                 model = build_model(config, data)
-                steps, base = list(batches(data, config, 1, data.train.labels)), sgd(model)
+                steps, base = list(batches(data, config, 1)), sgd(model)
                 sam = SAM(base) if config.sam else None
 
                 def ours(script=script, config=config):
@@ -124,7 +141,7 @@ def loops(device, repeats=5):
                 seconds, plain = [], []
                 for _ in range(repeats):
                     ours()
-                    seconds.append(json.loads(Run.path_of(config).read_text())["history"][0]["seconds"])
+                    seconds.append(json.loads(result_path(config).read_text())["history"][0]["seconds"])
                     start = time.perf_counter()
                     minimum()
                     plain.append(time.perf_counter() - start)
@@ -153,10 +170,8 @@ def recipe(device):
             loss.item()
 
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of("mlp_width", folder, device, "--sam", "--epochs", "1", hidden=["300-100"])
-        data = load_data(config)
-        train = Split(data.train.images.repeat(5, 1, 1, 1), data.train.labels.repeat(5))
-        data = data._replace(train=train, test=Split(data.test.images[:1], data.test.labels[:1]))
+        config = config_of("mlp_width", folder, device, "--sam", "--epochs", "1", "--hidden", "300-100")
+        data = repeated(load_data(config), 5)
         mlp_width.load_data = lambda config: data
         return interleaved({"usual": usual, "ours": lambda: mlp_width.train(config)}, 3, device)
 
