@@ -1021,7 +1021,8 @@ def main(parser, train, settings_of):
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
                 raise
-            exit_with_error(f"{config.name}: does not fit into memory; try a smaller --batch-size or another --device")
+            advice = "try a smaller --batch-size or another --device"
+            exit_with_error(f"{config.name}: does not fit into memory; {advice}", everywhere=False)
         gc.collect()  # models under --amp and --compile hold themselves
     if torchrun:
         dist.destroy_process_group()
