@@ -3,12 +3,13 @@
     python plot.py --results results --figures figures
 
 A gain is SAM's test accuracy minus SGD's at the same seed; where targets are numbers, SGD's test loss minus SAM's. The
-claim is a trend: each seed's least-squares slope of the gain per tenfold parameters. Intervals are Student's 95% over
-seeds. rho is chosen on held-out data (--val-size), or on test data where none are; a radius at which a run diverged is
-out. The rule that picks the epoch picks rho: the last epoch, each run's best held-out one, or its best on test data.
+claim is a trend: each seed's least-squares slope of the gain per tenfold parameters. rho is chosen on held-out data, or
+on test data where none are held out; one at which a run diverged is out. The rule that picks the epoch picks rho: the
+last epoch, each run's best held-out epoch, or (the paper's) its best test epoch.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -21,7 +22,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 SGD, SAM, GREY = "#0072B2", "#D55E00", "#8c8c8c"  # Okabe and Ito: told apart by the colour-blind and in print
-VIRIDIS = matplotlib.colormaps["viridis"]  # of widths, up to 0.8: no yellow on white
 LOOK = {  # what is drawn by width: label, style, colour, of whom, and which settings of the workload are others
     "SGD": ("SGD", "s-", SGD, "SGD", {}),
     "SAM": ("SAM", "o-", SAM, "SAM", {}),
@@ -56,14 +56,10 @@ WORDS |= {"loss": ("gain in test loss", "test loss", "training loss")}
 STOPS = {"last": "last epoch", "held-out": "best held-out epoch", "paper": "best test epoch (the paper's)"}
 KEYS = "lr train_loss train_acc test_loss test_acc val_loss val_acc train_clean_acc last_layer_share".split()
 DEFAULTS = dict.fromkeys(("hidden", "filters", "image_size", "train_size", "pruner"))  # of flags that a file may lack
-DEFAULTS |= dict.fromkeys(("noise", "sparsity", "epochs", "val_size", "warmup", "weight_decay"), 0) | {
-    "depth": 18,
-    "processes": 1,
-}
-DEFAULTS |= dict.fromkeys(("adaptive", "amp", "compile", "fp32"), False) | {"loss": "ce", "schedule": "step"}
-DEFAULTS |= {"perturb": "all", "data_dir": "data", "processes": 1}
-PLACE = {"device", "results", "force", "workers", "sharpness"}  # where a run was, and what was measured after it
-VARIED = {"hidden", "filters", "sam", "rho", "seed", "sparsity"}  # within a workload
+DEFAULTS |= dict.fromkeys(("noise", "sparsity", "epochs", "val_size", "warmup", "weight_decay"), 0)
+DEFAULTS |= dict.fromkeys(("adaptive", "amp", "compile", "fp32"), False) | {"depth": 18, "loss": "ce", "processes": 1}
+DEFAULTS |= {"schedule": "step", "perturb": "all", "data_dir": "data"}
+VARIED = {"hidden", "filters", "sparsity", "sam", "rho", "seed", "device", "results", "force", "workers", "sharpness"}
 SCRIPTS = {"mlp_width", "resnet_width", "label_noise", "sparsity"}
 T95 = (math.nan, 12.706, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # Student's t, by seeds - 1
 freeze = json.JSONEncoder(sort_keys=True, default=str).encode  # settings as a key
@@ -93,48 +89,44 @@ def subtract(a, b):
     return {seed: a[seed] - b[seed] for seed in a if seed in b}
 
 
-class Run:
-    """A result file: its settings (where it lacks a flag, the default), its history as arrays, and numbers by name."""
-
+class Run:  # A result file: settings (where it lacks a flag, the default), history as arrays, numbers by name
     def __init__(self, path):
         self.path, result = path, json.loads(path.read_bytes())
         config, rows, self.status = DEFAULTS | result["config"], result["history"], result["status"]
-        complete = 0 < len(rows) == (config["epochs"] or len(rows))
-        if self.status not in ("done", "diverged") or (self.status == "done" and not complete):
-            raise ValueError(f"{self.status}, with {len(rows)} of {config['epochs']} epochs in its history")
+        if len(rows) != {"done": config["epochs"] or max(len(rows), 1), "diverged": len(rows)}[self.status]:
+            raise ValueError(f"{self.status}, but its history has {len(rows)} epochs")
         keys = [key for key in KEYS if rows and key in rows[0]]
         arrays = np.array([[row[key] for key in keys] for row in rows], float).T
         self.history = {key: values * (100 if key.endswith("acc") else 1) for key, values in zip(keys, arrays)}
         self.seed, self.rho = config["seed"], float(config["rho"]) if config["sam"] else None
-        self.params, self.sparsity, filters = int(result["num_params"]), float(config["sparsity"]), config["filters"]
+        self.params, sparsity, filters = int(result["num_params"]), float(config["sparsity"]), config["filters"]
         self.nonzero = int(result.get("num_nonzero") or self.params)
         self.layers = [int(h) for h in str(config["hidden"] or "").split("-") if h]
         self.width = str(config["hidden"] or filters or short(self.params))
         # layers in proportion, such as 75-25 and 3000-1000, are one shape at two widths; equal layers are no width
         shape = [round(3 * math.log2(h / self.layers[0])) for h in self.layers]
         usual = (0.5, 0.75) if filters or config["dataset"] == "teacher" else (0.25, 0.5, 0.75)
-        settings = {k: float(v) if type(v) is int else v for k, v in config.items() if k not in PLACE | VARIED} | {
+        settings = {k: float(v) if type(v) is int else v for k, v in config.items() if k not in VARIED} | {
             "model": "MLP" if self.layers else f"ResNet-{config['depth']}" if filters else config["script"],
             "shape": f"layers of {self.layers[0]}" if len(shape) > 1 and not any(shape) else shape,
             "noise": float(config["noise"]),
-            "pruner": config["pruner"] if self.sparsity else None,
+            "pruner": config["pruner"] if sparsity else None,
             "script": None if config["script"] in SCRIPTS else config["script"],
             "milestones": list(config.get("milestones") or usual) if config["schedule"] == "step" else None,
         }
         # a script with neither --hidden nor --filters sets its width by a number of its own
-        own = {} if self.layers or filters else settings.keys() - {*DEFAULTS, *MNIST}
-        own = sorted(key for key in own if type(settings[key]) is float and key != "noise")
-        cell = self.width, self.params, self.sparsity, *map(settings.pop, own)
+        own = [
+            k for k, v in settings.items() if type(v) is float and not (shape or filters or k in DEFAULTS or k in MNIST)
+        ]
+        cell = self.width, self.params, sparsity, *map(settings.pop, sorted(own))
         self.key = freeze(settings), cell, self.rho, self.seed
-        self.function = {key: np.array(values, float) for key, values in (result.get("function") or {}).items()}
-        self.numbers = {k: float(v) for k, v in (result.get("sharpness") or {}).items() if v is not None}
         self.outcome = self.status, tuple(self.history.get("test_loss", ()))
-        if self.status == "done":
-            self.judge(config["schedule"] == "constant")
-
-    def judge(self, constant):
-        """numbers: the test metric by stopping rule (% or loss), last values and more; score: what rho is chosen by."""
-        history, function, numbers = self.history, self.function, self.numbers
+        self.function = {key: np.array(values, float) for key, values in (result.get("function") or {}).items()}
+        # numbers: the test metric (% or loss) by stopping rule, last values and more; score: what rho is chosen by
+        self.numbers = {k: float(v) for k, v in (result.get("sharpness") or {}).items() if v is not None}
+        if self.status == "diverged":
+            return
+        history, numbers, curve, loss = self.history, self.numbers, self.function, self.history["train_loss"]
         if not all(np.isfinite(values).all() for values in history.values()):
             raise ValueError("done, but not all of its history is finite")
         self.metric, self.sign = ("acc", 1) if "test_acc" in history else ("loss", -1)
@@ -143,43 +135,36 @@ class Run:
         self.score = {s: float((held if len(held) and s != "paper" else test)[end]) for s, end in ends.items()}
         numbers |= {key: float(values[-1]) for key, values in history.items()}
         numbers |= {stop: float(self.sign * test[end]) for stop, end in ends.items()}
-        numbers["train"] = numbers[f"train_{self.metric}"]
-        numbers["clean"] = numbers.get("train_clean_acc", numbers["train"])
-        numbers["share"] = 100 * float(history.get("last_layer_share", np.array([math.nan])).mean())
-        for key in function.keys() - {"x"}:  # sum of |f''|: the total variation of the slope
-            numbers[f"bend of {key}"] = np.abs(np.diff(np.diff(function[key]) / np.diff(function["x"]))).sum()
-        loss = history["train_loss"]
+        train, share = numbers[f"train_{self.metric}"], history.get("last_layer_share", math.nan)
+        numbers |= {"train": train, "clean": numbers.get("train_clean_acc", train), "share": 100 * np.mean(share)}
+        for key in curve.keys() - {"x"}:  # sum of |f''|: the total variation of the slope
+            numbers[f"bend of {key}"] = np.abs(np.diff(np.diff(curve[key]) / np.diff(curve["x"]))).sum()
         end = int(np.argmin([*(loss > 1e-7 * loss[0]), False]))  # below, a sum of float32 losses is rounding
-        if constant and end > 2:
+        if config["schedule"] == "constant" and end > 2:
             fitted = np.arange(end), np.log(loss[:end])
             numbers |= {"rate": np.polyfit(*fitted, 1)[0], "R^2": np.corrcoef(*fitted)[0, 1] ** 2}
 
 
-class Cell:
-    """One network in one setting: SGD's runs by seed, one kind of SAM's by rho and seed, SGD's of twice the epochs."""
-
+class Cell:  # One network: SGD's runs by seed, one kind of SAM's by rho and seed, SGD's at twice the epochs
     def __init__(self, sgd, sam, twice):
         self.run, self.twice, self.tried = next(iter(sgd.values())), twice, sorted(sam)
         self.width, self.params, self.nonzero = self.run.width, self.run.params, self.run.nonzero
         self.sgd = {seed: run for seed, run in sgd.items() if any(seed in runs for runs in sam.values())}
         self.diverged = [rho for rho in self.tried if any(run.status == "diverged" for run in sam[rho].values())]
-        whole = [rho for rho in self.tried if rho not in self.diverged]
-        self.sam = {rho: {seed: run for seed, run in sam[rho].items() if seed in sgd} for rho in whole}
-        radii = sorted(whole, key=lambda rho: -len(self.sam[rho]))  # those that can be compared, as far as
+        good = {rho: runs for rho, runs in sam.items() if rho not in self.diverged}
+        self.sam = {rho: {seed: run for seed, run in runs.items() if seed in sgd} for rho, runs in good.items()}
+        radii = sorted(self.sam, key=lambda rho: -len(self.sam[rho]))  # those that can be compared, as far as
         while radii and not set.intersection(*({*self.sam[rho]} for rho in radii)):  # they share seeds
             radii.pop()
         self.radii = sorted(radii)
         self.shared = sorted(set.intersection(*({*self.sam[rho]} for rho in radii)), key=str) if radii else []
 
-    def pairs(self, rho=None, stop="last"):
-        """[(SGD's run, SAM's run)] of each seed, at this rho or at the best."""
+    def pairs(self, rho=None, stop="last"):  # [(SGD's run, SAM's run)] of each seed, at this rho or at the best
         runs = self.sam.get(choose([self], stop)[0] if rho is None else rho, {})
         return [(self.sgd[seed], run) for seed, run in runs.items()]
 
     def values(self, whose, number="last", rho=None):
         """{seed: number} of SGD, of SAM, of SGD at "twice" the epochs; or of SAM's gain over SGD."""
-        if number in STOPS and number not in self.run.score:
-            return {}
         pairs = self.pairs(rho, number if number in STOPS else "last")
         if whose == "gain":
             return {a.seed: a.sign * (b.numbers[number] - a.numbers[number]) for a, b in pairs}
@@ -188,23 +173,22 @@ class Cell:
 
 
 def choose(cells, stop="last", without=None):
-    """The rho with the best mean score over the seeds that the radii of these cells share (nan: no rho is in all
-    cells), and the radii within one paired standard error of it."""
-    radii = sorted(set.intersection(*({*c.radii} for c in cells)))
+    """The rho with the best mean score over the seeds that the radii of these cells share (nan: no rho is in all of
+    them), and the radii within one paired standard error of it."""
+    radii = sorted(set.intersection(*({*c.radii} for c in cells))) if all(stop in c.run.score for c in cells) else []
     runs = {rho: [c.sam[rho][seed] for c in cells for seed in c.shared if seed != without] for rho in radii}
-    scores = {rho: np.array([run.score.get(stop, math.nan) for run in runs[rho]]) for rho in radii}
+    scores = {rho: np.array([run.score[stop] for run in runs[rho]]) for rho in radii}
     best = max(scores, key=lambda rho: scores[rho].mean(), default=math.nan)
     lost = {rho: scores[best] - score for rho, score in scores.items()}
     error = {rho: d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else 0 for rho, d in lost.items()}
     return best, [rho for rho in radii if lost[rho].mean() <= error[rho]]
 
 
-class Workload:
-    """Cells that differ in width (or sparsity, or depth) alone; others: all workloads by frozen settings."""
-
+class Workload:  # Cells that differ in width (sparsity, depth) alone; others: all workloads by frozen settings
     def __init__(self, settings, cells, others):
         self.settings, self.others, self.shape = settings, others, settings["shape"]
-        self.deep = isinstance(self.shape, str)  # not a width series but layers of one width
+        self.deep = isinstance(self.shape, str)  # by depth, not by width
+        self.xlabel = "hidden layers" if self.deep else "non-zero parameters" if settings["pruner"] else "parameters"
         self.noise, self.base = settings["noise"], freeze(settings | {"noise": 0})
         self.cells = sorted(cells, key=lambda c: (c.params, -c.nonzero))
         self.metric, self.stops = cells[0].run.metric, [stop for stop in STOPS if stop in cells[0].run.score]
@@ -216,12 +200,10 @@ class Workload:
         own = (paper | {"adaptive": False}).items() <= settings.items() and self.shape in ([], [0], [0, -5])
         self.paper = [(x, {0: y}) for x, y in np.array(gains.split(), float).reshape(-1, 2)] if own else []
 
-    def find(self, **changes):
-        """The workload that differs from this one in these settings alone, or None."""
+    def find(self, **changes):  # the workload that differs in these settings alone
         return self.others.get(freeze(self.settings | changes))
 
-    def role(self):
-        """To which figures it belongs."""
+    def role(self):  # to which figures it belongs
         decays = {load.settings["weight_decay"] for load in self.others.values()} - {0}
         roles = {"depth": self.deep, "part": self.settings["perturb"] != "all", "sparse": self.settings["pruner"]}
         roles |= {"curve": self.dataset.startswith("curve"), "constant": self.settings["schedule"] == "constant"}
@@ -238,17 +220,11 @@ class Workload:
 
     def trends(self, stop="last"):
         """Slopes by seed, per tenfold parameters, and widest minus narrowest; {} where there is no trend."""
-        if self.deep or self.settings["pruner"]:
-            return {}
-        found = {what: trend(self.points(what, stop))[0] for what in ("gain", "SGD", "SAM", "one rho")}
-        return found | {"widest - narrowest": trend(self.points("gain", stop))[1]} if found["gain"] else {}
+        series = () if self.deep or self.settings["pruner"] else ("gain", "SGD", "SAM", "one rho")
+        found = {what: trend(self.points(what, stop))[0] for what in series}
+        return found | {"widest - narrowest": trend(self.points("gain", stop))[1]} if found.get("gain") else {}
 
-    def slope(self):
-        slopes = self.trends().get("gain", {})
-        return f"\n{self.say(slopes)}, {len(slopes)} seeds" if slopes else ""
-
-    def say(self, values):
-        """Mean and interval of a gain, and where it includes zero, that it does."""
+    def say(self, values):  # mean and interval of a gain, and where it includes zero, that it does
         (mean, half), digits = interval(values) if values else (0, 0), 2 if self.metric == "acc" else 3
         text = f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else " (one seed)")
         return text + " (not resolved)" * bool(abs(mean) <= half) if values else ""
@@ -268,12 +244,10 @@ def workloads(folder):
             left |= {run.path: "another result of the same run differs" for run in twins}
         else:
             group[settings, cell].setdefault(rho, {})[seed] = max(twins, key=lambda run: "trace" in run.numbers)
-    for (settings, cell), radii in group.items():
+    for (settings, cell), radii in [*group.items()]:
         base = json.loads(settings) | {"adaptive": False, "perturb": "all"}
-        beside = [(freeze(base | {"epochs": times * base["epochs"]}), cell) for times in (1, 2)]
-        sgd, twice = (
-            {s: r for s, r in group.get(key, {}).get(None, {}).items() if r.status == "done"} for key in beside
-        )
+        both = [(freeze(base | {"epochs": n * base["epochs"] or n - 1.0}), cell) for n in (1, 2)]
+        sgd, twice = ({s: r for s, r in group[k].get(None, {}).items() if r.status == "done"} for k in both)
         sam = {rho: runs for rho, runs in radii.items() if rho is not None}
         if sgd and sam and (made := Cell(sgd, sam, twice)).radii:
             cells[settings].append(made)
@@ -287,9 +261,7 @@ def workloads(folder):
     for run in [twins[0] for key, twins in found.items() if key not in used]:
         why = "SAM diverged at this rho, or no run of SGD" if run.rho is not None else "no run of SAM"
         left.setdefault(run.path, "diverged" if run.status == "diverged" else f"{why} beside it")
-    for key in sorted(
-        {key for load in loads.values() for key in load.settings}, key=lambda key: (key != "dataset", key)
-    ):
+    for key in sorted({k for load in loads.values() for k in load.settings}, key=lambda k: (k != "dataset", k)):
         alike = defaultdict(set)
         for load in loads.values():
             alike[load.title].add(str(load.settings.get(key)))
@@ -300,8 +272,7 @@ def workloads(folder):
     return sorted(loads.values(), key=lambda load: (load.role() != "clean", load.title)), left
 
 
-def short(n):
-    """61035 as 61k, 1426410 as 1.4M."""
+def short(n):  # 61035 as 61k, 1426410 as 1.4M
     power = min(3, int(math.log10(n) / 3 + 1e-3))
     return f"{n / 1000**power:.{2 if n / 1000**power < 99.5 else 3}g}" + ("", "k", "M", "G")[power]
 
@@ -343,8 +314,7 @@ def by_rho(ax, load, number, shade):
     return at
 
 
-def by_epoch(ax, cell, i, key, start=0, **style):
-    """SGD's (i = 0) or SAM's (1) mean over seeds of a key of the history."""
+def by_epoch(ax, cell, i, key, start=0, **style):  # SGD's (i = 0) or SAM's (1) mean over seeds
     mean = np.mean([pair[i].history[key] for pair in cell.pairs()], axis=0)
     ax.plot(np.arange(start, len(mean)) + 1, mean[start:], linewidth=1, **style)
     ax.set(xscale="linear", xlabel="epoch", yscale="log" if key == "train_loss" else "linear")
@@ -354,17 +324,16 @@ def sheet(loads, *rows):
     """A figure with a column a workload, three side by side at most; its columns: (axes, workload) of each. A row is
     its name, what is drawn of LOOK, and which number of the runs; or its name alone, where the figure draws."""
     fig, shown = Figure(), loads[:9]
-    fig.columns, fig.left_out, fig.places, top = [], loads[9:], {}, 0
-    across = {1: 1, 2: 2, 4: 2}.get(len(shown), 3)
-    wide = (3, 2.1, 1.65)[across - 1]  # inches
-    titles = [textwrap.fill(load.title, int(13 * wide)) + load.slope() * (rows[0][0] == "{0}") for load in shown]
+    fig.columns, fig.left_out, fig.places, block = [], loads[9:], {}, 0.65 + 1.65 * len(rows)  # inches
+    across, wide = {1: (1, 3), 2: (2, 2.1), 4: (2, 2.1)}.get(len(shown), (3, 1.65))
     for i, load in enumerate(shown):
-        if i % across == 0:
-            top += bool(i) * 1.65 * len(rows) + 0.16 * max(t.count("\n") for t in titles[i : i + across]) + 0.25
         axes = [fig.add_axes((0, 0, 1, 1), label=f"{i} {row}") for row in range(len(rows))]
-        axes[0].set_title(titles[i])
+        gain = load.trends().get("gain", {}) if rows[0][0] == "{0}" else {}
+        axes[0].set_title(
+            textwrap.fill(load.title, int(13 * wide)) + f"\n{load.say(gain)}, n = {len(gain)}" * bool(gain)
+        )
         for row, (ax, (name, *whats)) in enumerate(zip(axes, rows)):
-            fig.places[ax] = 0.65 + i % across * (wide + 0.7), top + 1.65 * row, wide, 1.15
+            fig.places[ax] = 0.65 + i % across * (wide + 0.7), i // across * block + 0.55 + 1.65 * row, wide, 1.15
             for what in whats[0].split(", ") if whats else ():
                 draw(ax, load.points(what, *whats[1:]), *LOOK[what])
             ax.set_yscale("log" if whats[1:] in (["train_loss"], ["bend of y"]) else "linear")
@@ -372,13 +341,13 @@ def sheet(loads, *rows):
                 ax.axhline(0, color="black", linewidth=0.7, zorder=0)
             names = [x for what in ("SGD", "dense") for x, _ in load.points(what)]
             ticks(ax, {x: x if load.deep else short(x) for x in names}, not load.deep)
-            ax.set(xlabel="hidden layers" if load.deep else "parameters", ylabel=name.format(*WORDS[load.metric]))
+            ax.set(xlabel=load.xlabel, ylabel=name.format(*WORDS[load.metric]))
         fig.columns.append((axes, load))
     sizes = sorted({c.params for load in shown for c in load.cells}) or [1]
     named = {sizes[round(i)]: f"{short(sizes[round(i)])} parameters" for i in np.linspace(0, len(sizes) - 1, 6)}
-    norm = matplotlib.colors.LogNorm(sizes[0], 1.001 * sizes[-1])
-    fig.shade = lambda c: {"color": VIRIDIS(0.8 * norm(c.params)), "label": named.get(c.params)}
-    fig.set_size_inches(0.75 + across * (wide + 0.7) - 0.7, top + 1.65 * len(rows))
+    norm, viridis = matplotlib.colors.LogNorm(sizes[0], 1.001 * sizes[-1]), matplotlib.colormaps["viridis"]  # no yellow
+    fig.shade = lambda c: {"color": viridis(0.8 * norm(c.params)), "label": named.get(c.params)}
+    fig.set_size_inches(0.05 + across * (wide + 0.7), (math.ceil(len(shown) / across) or 1) * block - 0.1)
     return fig
 
 
@@ -386,35 +355,31 @@ def finish(fig, caption, path):
     """Limits by means and seeds, which long error bars may leave; below the axes the legend and the caption."""
     for ax in fig.axes:
         group = ax.get_shared_y_axes().get_siblings(ax)
-        y = np.array([value for a in group for line in a.lines for value in line.get_ydata()], float)
-        y = y[np.isfinite(y)]
+        y = np.array([y for a in group for line in a.lines for y in line.get_ydata() if math.isfinite(y)])
         if len(y) and ax.get_yscale() == "linear":
             bars = [bar[:, 1] for a in group for each in a.collections for bar in each.get_segments() if len(bar)]
             reach, bars = (y.max() - y.min()) or abs(y.max()) / 10 or 1, np.concatenate([y, *bars])
             low, high = max(np.nanmin(bars), y.min() - reach), min(np.nanmax(bars), y.max() + reach)
             ax.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
-    (width, height), how = (
-        fig.get_size_inches(),
-        "Means with Student's 95% intervals over seeds, on these test data, pointwise;",
-    )
-    how += " grey: each seed. rho is chosen on held-out data, on test data where none are held out."
-    text = textwrap.fill(" ".join(f"{caption} {how}".split()), int(17 * width))
-    entries = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    across = max(1, int(13 * width / (max(map(len, entries), default=0) + 6)))
-    below, legend = 0.14 * text.count("\n") + 0.3, 0.19 * math.ceil(len(entries) / across)
+    how = " Means with Student's 95% intervals over seeds, on these test data, pointwise; grey: each seed. "
+    how += "rho is chosen on held-out data, on test data where none are held out."
+    width, height = fig.get_size_inches()
+    text = textwrap.fill(" ".join((caption + how).split()), int(17 * width))
+    keys = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    across = max(1, int(13 * width / (max(map(len, keys), default=0) + 6)))
+    below, legend = 0.14 * text.count("\n") + 0.3, 0.19 * math.ceil(len(keys) / across)
     total = height + below + legend
     fig.set_size_inches(width, total)
     for ax, (x, y, w, h) in fig.places.items():
         ax.set_position((x / width, 1 - (y + h) / total, w / width, h / total))
     fig.text(0.05 / width, 0.05 / total, text, fontsize=7.5, va="bottom", linespacing=1.15)
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, below / total)}
-    fig.legend(entries.values(), entries, ncols=across, frameon=False, handlelength=1.6, **place)
+    fig.legend(
+        keys.values(), keys, ncols=across, frameon=False, loc="lower center", bbox_to_anchor=(0.5, below / total)
+    )
     fig.savefig(path, dpi=150)
 
 
-class Figures(list):
-    """All workloads. Each method draws a figure, its docstring is the caption: to add a figure, add a method."""
-
+class Figures(list):  # All workloads; a method draws a figure, its docstring is the caption: so add yours
     def of(self, *roles):
         return [load for load in self if load.role() in roles]
 
@@ -428,17 +393,15 @@ class Figures(list):
         from which on SGD fits 99.5% of them. Dashed, synthetic data: the noise floor, and the loss of a constant."""
         fig = sheet(self.of("clean"), ("{1}", "SGD, SAM, twice"), ("{2}", "SGD, SAM", "train"))
         for (top, bottom), load in fig.columns:
-            for loss in (1.0, 1.34) if load.dataset == "teacher" else ():
-                top.axhline(loss, color="black", linestyle="--", linewidth=0.7)
+            top.hlines([1, 1.34] if load.dataset == "teacher" else [], *top.get_xlim(), "black", "--", linewidth=0.7)
             unfit = [x for x, values in load.points("SGD", "train") if interval(values)[0] < 99.5]
             for x in [c.params for c in load.cells if load.metric == "acc" and c.params > max(unfit, default=0)][:1]:
                 bottom.axvspan(x, x, color=SGD, linestyle=":")
         return fig
 
     def rho(self):
-        """Test metric by rho on the seeds that all radii share, a line a width; ringed: the chosen rho; crosses: a run
-        diverged. Below, the chosen rho, the radii within one paired standard error of it, and the grid's edges
-        (dashed)."""
+        """Test metric by rho, on the seeds that all radii share, by width; ringed: the chosen rho; x: one diverged.
+        Below, the chosen rho, those within one paired standard error of it, and the grid's edges (dashed)."""
         fig = sheet(self.of("clean", "noisy"), ("{1}",), ("best rho",))
         for (top, bottom), load in fig.columns:
             at = by_rho(top, load, "last", fig.shade)
@@ -456,27 +419,22 @@ class Figures(list):
         held-out epoch; SGD and SAM; accuracy on the training labels as they were. Held-out labels are clean."""
         order = sorted(self.of("clean", "noisy"), key=lambda load: (load.base, load.noise))
         noisy = [load for load in order if any(load.base == other.base for other in self.of("noisy"))]
-        rows = ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"), ("clean labels (%)", "SGD, SAM", "clean")
-        fig = sheet(noisy, *rows)
+        fig = sheet(noisy, ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"), ("clean labels (%)", "SGD, SAM", "clean"))
         for (first, a), (second, b) in zip(fig.columns, fig.columns[1:]):
             for ax, other in zip(second, first) if a.base == b.base else ():
                 ax.sharey(other)
         return fig
 
     def sparsity(self):
-        """Networks pruned at initialization beside dense ones (dotted), by non-zero parameters: gain, SGD and SAM. Below,
+        """Networks pruned at initialization and dense ones (dotted), by non-zero parameters: gain, SGD and SAM. Below,
         their gain minus that of dense networks of as many (within 5%), by parameters before pruning."""
         fig = sheet(self.of("sparse"), ("{0}", "dense, gain"), ("{1}", "dense SGD, dense SAM, SGD, SAM"), ("{0}",))
-        for (top, middle, bottom), load in fig.columns:
+        for (*_, bottom), load in fig.columns:
             dense = load.find(pruner=None).cells if load.find(pruner=None) else []
-            pairs = [(c, d) for c in load.cells for d in dense if 0.95 * d.params < c.nonzero < 1.05 * d.params]
-            contrast = [
-                (c.params, subtract(c.values("gain"), d.values("gain"))) for c, d in pairs if d.params < c.params
-            ]
+            alike = [(c, d) for c in load.cells for d in dense if 0.95 < c.nonzero / d.params < 1.05]
+            contrast = [(c.params, subtract(c.values("gain"), d.values("gain"))) for c, d in alike]
             draw(bottom, contrast, "pruned - dense", "D-", "black")
             ticks(bottom, {c.params: short(c.params) for c in load.cells}, xlabel="parameters before pruning")
-            top.set_xlabel("non-zero parameters")
-            middle.set_xlabel("non-zero parameters")
         return fig
 
     def regularization(self):
@@ -545,9 +503,8 @@ class Figures(list):
         return fig
 
     def sharpness(self):
-        """Largest eigenvalue of the Hessian and its non-uniformity s2 by width, and the training loss reached; below,
-        the eigenvalue by rho for each width. Dashed: bounds of the paper's theorem, which is about un-normalized SAM at
-        batch 1, hence references only; for squared loss at a constant rate."""
+        """Largest eigenvalue of the Hessian, its non-uniformity s2, training loss; below, by rho. Dashed: bounds of the
+        paper (squared loss, constant rate), for un-normalized SAM at batch 1, so references only."""
         loads = [load for load in self if any(values for _, values in load.points("SAM", "lambda_max"))]
         fig = sheet(loads, *[(name, "SGD, SAM", name) for name in ("lambda_max", "s2", "train_loss")], ("lambda_max",))
         for (first, second, _, last), load in fig.columns:
@@ -558,14 +515,11 @@ class Figures(list):
                 last.plot([0, *at.values()], [*bound.values()][: len(at) + 1], "--", color="black", label="bounds")
                 for rho, color in ((0, SGD), (chosen, SAM)):
                     first.axhline(bound[rho], color=color, linestyle="--")
-                    second.axhline(
-                        (eta * (eta - 2 * rho)) ** -0.5 if rho < eta / 2 else math.nan, color=color, linestyle="--"
-                    )
+                    second.axhline((eta * (eta - 2 * rho)) ** -0.5 if 2 * rho < eta else math.nan, color=color, ls="--")
         return fig
 
     def layers(self):
-        """Where SAM acts: the last layer's share of the gradient's squared norm as SAM perturbs, mean over epochs; the
-        gain where SAM perturbs all parameters (SAM - SGD), all but the last layer's, or these alone."""
+        """The last layer's share of |g|^2 as SAM perturbs, mean over epochs; gain of perturbing all, or a part."""
         parts = [load for load in self.of("clean", "noisy") if load.points("rest") or load.points("last")]
         return sheet(parts, ("last layer's\nshare (%)", "SAM", "share"), ("{0}", "gain, rest, last"))
 
@@ -574,15 +528,13 @@ class Figures(list):
         return sheet(self.of("depth"), ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"))
 
 
-def table(rows):
-    """Markdown, of dicts with the same keys, without those that are empty in all."""
+def table(rows):  # Markdown, of dicts with the same keys, without those that are empty in all
     kept = [key for key in rows[0] if any(row[key] != "" for row in rows)] if rows else []
     lines = kept, ["---"] * len(kept), *([row[key] for key in kept] for row in rows)
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def summary(loads):
-    """Markdown: the trends, and a table for each workload."""
+def summary(loads):  # Markdown: the trends, and a table for each workload
     trends, text = [], ""
     for load in loads:
         for stop, slopes in ((stop, load.trends(stop)) for stop in ("last", "held-out") if load.trends(stop)):
@@ -594,13 +546,12 @@ def summary(loads):
         for c in load.cells:
             best, alike = choose([c])
             edge = ", the grid's edge" * (len(c.tried) > 1 and best in (c.tried[0], c.tried[-1]))
-            row = {
-                "width": c.width,
-                "parameters": f"{c.params:,}",
-                "non-zero": f"{c.nonzero:,}",
+            row = {"width": c.width, "parameters": f"{c.params:,}", "non-zero": f"{c.nonzero:,}"}
+            row |= {
                 "seeds": len(c.pairs()),
+                "rho": f"{best:g}{edge}",
+                "within an error": f"{alike[0]:g} to {alike[-1]:g}",
             }
-            row |= {"rho": f"{best:g}{edge}", "within a standard error": f"{alike[0]:g} to {alike[-1]:g}"}
             for name, what in {"SGD": ("SGD",), "SAM": ("SAM",), "SGD, training": ("SGD", "train")}.items():
                 row[name] = f"{interval(c.values(*what))[0]:.4g}"
             gains = {"gain": c.values("gain"), f"gain at rho {one:g}": c.values("gain", rho=one)}
@@ -625,9 +576,10 @@ def main():
         parser.error(f"--results {args.results}: has no SAM run with a run of SGD at the same seed; run a script first")
     matplotlib.rcParams |= {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.25}
     lines = [f"{path}: left out, {why}" for path, why in left.items()]
-    for load, c in ((each, c) for each in loads for c in each.cells):
-        if any(len(runs) > len(c.shared) for runs in c.sam.values()):
-            lines.append(f"{load.title}, width {c.width}: rho chosen of {c.radii} on the seeds they share, {c.shared}")
+    shy = [(a, c) for a in loads for c in a.cells if any(len(runs) > len(c.shared) for runs in c.sam.values())]
+    lines += [
+        f"{a.title}, width {c.width}: rho of {c.radii} chosen on the seeds they share, {c.shared}" for a, c in shy
+    ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for figure in [figure for name, figure in vars(Figures).items() if not name.startswith("_") and figure.__doc__]:
@@ -640,10 +592,8 @@ def main():
         (folder / "summary.md").write_text(text, encoding="utf-8")
     except OSError as error:
         parser.error(f"--figures {folder}: cannot be written to ({error.strerror}); name another folder")
-    try:
-        print("\n".join([*lines, f"{folder}: figures and summary.md"]), flush=True)
-    except BrokenPipeError:  # nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with contextlib.suppress(BrokenPipeError):  # where nobody reads on
+        os.write(1, "".join(f"{line}\n" for line in [*lines, f"{folder}: figures and summary.md"]).encode())
 
 
 if __name__ == "__main__":
