@@ -98,7 +98,6 @@ CASES = [  # (command line, what the line must name)
     ("resnet_width.py --filters 2 --dataset {tmp}/classes", "classes"),
     ("label_noise.py --filters 2 --dataset {tmp}/one_class", "one_class"),
     ("plot.py --results {tmp}/empty --figures {tmp}/figures", "--results"),
-    ("plot.py --results {tmp}/none --figures README.md", "--figures"),
     ("plot.py --colour red", "--colour"),
 ]
 
