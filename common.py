@@ -283,8 +283,10 @@ def split_sizes(config, images):
         exit_with_error(f"--train-size, --val-size: {config.dataset} has {images} training images, too few for these")
     if config.sharpness > size:
         exit_with_error(f"--sharpness {config.sharpness}: is more than the {size} training images")
-    if config.batch_size < config.processes or 0 < size % config.batch_size < config.processes:
-        exit_with_error(f"--batch-size {config.batch_size}: leaves a batch of fewer images than there are processes")
+    if config.batch_size < config.processes or any(
+        0 < images < config.processes for images in (size % config.batch_size, config.val_size)
+    ):
+        exit_with_error(f"--batch-size {config.batch_size}, --val-size {config.val_size}: leave a process no image")
     return size, rest
 
 
