@@ -85,7 +85,8 @@ def test_held_out_images_are_the_last_and_never_trained_on(tmp_path):
     ("size", "train_size", "val_size", "processes", "fits"),
     [(10, 256, 0, 2, True), (1, 256, 0, 2, False), (5, 256, 0, 2, False), (255, 256, 0, 2, False)]
     + [(1, 256, 0, 1, True), (128, 4000, 0, 1, True), (128, 4001, 0, 1, False), (128, 3900, 100, 1, True)]
-    + [(128, 3901, 100, 1, False), (128, None, 3999, 1, True), (128, None, 4000, 1, False), (128, 255, 0, 3, True)],
+    + [(128, 3901, 100, 1, False), (128, None, 3999, 1, True), (128, None, 4000, 1, False), (128, 255, 0, 3, True)]
+    + [(128, 256, 2, 2, True), (128, 256, 1, 2, False), (128, 256, 1, 1, True)],
 )
 def test_every_process_has_an_image_of_every_batch(tmp_path, capsys, size, train_size, val_size, processes, fits):
     (config,) = runs(mlp_width, tmp_path, "--batch-size", size, "--val-size", val_size)

@@ -266,7 +266,11 @@ def test_flags_that_differ_are_one_line_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [("--batch-size 1", "--batch-size"), ("--epochs 0", "--epochs"), ("--device cuda:1", "--device cuda:1")]
-    + [("--train-size 26", "--batch-size"), ("--dataset nowhere", "--dataset nowhere")],
+    + [
+        ("--train-size 26", "--batch-size"),
+        ("--val-size 1", "--val-size 1"),
+        ("--dataset nowhere", "--dataset nowhere"),
+    ],
 )
 def test_what_a_user_can_mend_is_said_once_by_all_processes_together(tmp_path, argv, named):
     pair = start_pair(f"mlp_width.py {SMALL} --hidden 9 {argv}", tmp_path)
