@@ -51,8 +51,8 @@ PAPER = {  # settings; parameters and gains, in points (teacher: test loss), rea
 }  # fmt: skip
 CURVE = np.arange(-5.5, 6) / 4 + 0.07, 0.345 + np.array([-2, 1.5, 0, 0, 2, 1, 0, -1, 0, 1, 2, -1])  # its 12 points
 NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "imagenet": "ImageNet"}
-WORDS = {"acc": ("gain (points)", "test accuracy (%)", "training accuracy (%)")}  # by metric
-WORDS |= {"loss": ("gain in test loss", "test loss", "training loss")}
+WORDS = {"acc": ("gain (points)", "test accuracy (%)", "training accuracy (%)", "acc")}  # by metric
+WORDS |= {"loss": ("gain in test loss", "test loss", "training loss", "loss")}
 STOPS = {"last": "last epoch", "held-out": "best held-out epoch", "paper": "best test epoch (the paper's)"}
 KEYS = "lr train_loss train_acc test_loss test_acc val_loss val_acc train_clean_acc last_layer_share".split()
 DEFAULTS = dict.fromkeys(("hidden", "filters", "image_size", "train_size", "pruner"))  # of flags that a file may lack
@@ -135,8 +135,8 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         self.score = {s: float((held if len(held) and s != "paper" else test)[end]) for s, end in ends.items()}
         numbers |= {key: float(values[-1]) for key, values in history.items()}
         numbers |= {stop: float(self.sign * test[end]) for stop, end in ends.items()}
-        train, share = numbers[f"train_{self.metric}"], history.get("last_layer_share", math.nan)
-        numbers |= {"train": train, "clean": numbers.get("train_clean_acc", train), "share": 100 * np.mean(share)}
+        numbers["clean"] = numbers.get("train_clean_acc", numbers.get("train_acc", math.nan))
+        numbers["share"] = 100 * np.mean(history.get("last_layer_share", math.nan))
         for key in curve.keys() - {"x"}:  # sum of |f''|: the total variation of the slope
             numbers[f"bend of {key}"] = np.abs(np.diff(np.diff(curve[key]) / np.diff(curve["x"]))).sum()
         end = int(np.argmin([*(loss > 1e-7 * loss[0]), False]))  # below, a sum of float32 losses is rounding
@@ -173,8 +173,7 @@ class Cell:  # One network: SGD's runs by seed, one kind of SAM's by rho and see
 
 
 def choose(cells, stop="last", without=None):
-    """The rho with the best mean score over the seeds that the radii of these cells share (nan: no rho is in all of
-    them), and the radii within one paired standard error of it."""
+    """The rho best in the mean over the cells' shared seeds (nan: none is in all), and those within a paired error."""
     radii = sorted(set.intersection(*({*c.radii} for c in cells))) if all(stop in c.run.score for c in cells) else []
     runs = {rho: [c.sam[rho][seed] for c in cells for seed in c.shared if seed != without] for rho in radii}
     scores = {rho: np.array([run.score[stop] for run in runs[rho]]) for rho in radii}
@@ -227,7 +226,7 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
     def say(self, values):  # mean and interval of a gain, and where it includes zero, that it does
         (mean, half), digits = interval(values) if values else (0, 0), 2 if self.metric == "acc" else 3
         text = f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else " (one seed)")
-        return text + " (not resolved)" * bool(abs(mean) <= half) if values else ""
+        return text + " unresolved" * bool(abs(mean) <= half) if values else ""
 
 
 def workloads(folder):
@@ -280,10 +279,10 @@ def short(n):  # 61035 as 61k, 1426410 as 1.4M
 def draw(ax, points, label, style, color, *_):
     """A series: mean and interval at each point (x, {seed: value}); thin and grey, a line with a dot for each seed."""
     points = [(x, values) for x, values in points if values]
-    for seed in {seed for _, values in points for seed in values}:
-        line = [(x, values[seed]) for x, values in points if seed in values]
-        ax.plot(*zip(*line), ".-" if style[1:] else ".", color=GREY, linewidth=0.5, markersize=2.5, zorder=1)
+    seeds = {seed for _, values in points for seed in values}
+    thin = [(x, values.get(seed, math.nan)) for seed in seeds for x, values in [*points, (math.nan, {})]]
     if points:
+        ax.plot(*zip(*thin), ".-" if style[1:] else ".", color=GREY, linewidth=0.5, markersize=2.5, zorder=1)
         x, mean, half = zip(*[(x, *interval(values)) for x, values in points])
         look = {"color": color, "markerfacecolor": color if "-" in style else "white", "markersize": 4.5}
         ax.errorbar(x, mean, half, fmt=style, label=label, elinewidth=1, **look)
@@ -321,32 +320,31 @@ def by_epoch(ax, cell, i, key, start=0, **style):  # SGD's (i = 0) or SAM's (1) 
 
 
 def sheet(loads, *rows):
-    """A figure with a column a workload, three side by side at most; its columns: (axes, workload) of each. A row is
-    its name, what is drawn of LOOK, and which number of the runs; or its name alone, where the figure draws."""
+    """A column a workload, three side by side; a row: its name, what of LOOK, which number (or the figure draws)."""
     fig, shown = Figure(), loads[:9]
     fig.columns, fig.left_out, fig.places, block = [], loads[9:], {}, 0.65 + 1.65 * len(rows)  # inches
     across, wide = {1: (1, 3), 2: (2, 2.1), 4: (2, 2.1)}.get(len(shown), (3, 1.65))
     for i, load in enumerate(shown):
         axes = [fig.add_axes((0, 0, 1, 1), label=f"{i} {row}") for row in range(len(rows))]
-        gain = load.trends().get("gain", {}) if rows[0][0] == "{0}" else {}
-        axes[0].set_title(
-            textwrap.fill(load.title, int(13 * wide)) + f"\n{load.say(gain)}, n = {len(gain)}" * bool(gain)
-        )
-        for row, (ax, (name, *whats)) in enumerate(zip(axes, rows)):
+        gain = load.trends().get("gain") if rows[0][0] == "{0}" else None
+        title = textwrap.fill(load.title, int(13 * wide)) + (f"\nn={len(gain)}: {load.say(gain)}" if gain else "")
+        axes[0].set_title(title)
+        for row, ax in enumerate(axes):
+            name, *whats = (text.format(*WORDS[load.metric]) for text in rows[row])
             fig.places[ax] = 0.65 + i % across * (wide + 0.7), i // across * block + 0.55 + 1.65 * row, wide, 1.15
             for what in whats[0].split(", ") if whats else ():
                 draw(ax, load.points(what, *whats[1:]), *LOOK[what])
             ax.set_yscale("log" if whats[1:] in (["train_loss"], ["bend of y"]) else "linear")
-            if name == "{0}":
+            if rows[row][0] == "{0}":
                 ax.axhline(0, color="black", linewidth=0.7, zorder=0)
             names = [x for what in ("SGD", "dense") for x, _ in load.points(what)]
             ticks(ax, {x: x if load.deep else short(x) for x in names}, not load.deep)
-            ax.set(xlabel=load.xlabel, ylabel=name.format(*WORDS[load.metric]))
+            ax.set(xlabel=load.xlabel, ylabel=name)
         fig.columns.append((axes, load))
     sizes = sorted({c.params for load in shown for c in load.cells}) or [1]
     named = {sizes[round(i)]: f"{short(sizes[round(i)])} parameters" for i in np.linspace(0, len(sizes) - 1, 6)}
-    norm, viridis = matplotlib.colors.LogNorm(sizes[0], 1.001 * sizes[-1]), matplotlib.colormaps["viridis"]  # no yellow
-    fig.shade = lambda c: {"color": viridis(0.8 * norm(c.params)), "label": named.get(c.params)}
+    norm = matplotlib.colors.LogNorm(sizes[0], 1.001 * sizes[-1], clip=True)  # up to 0.8 of viridis: no yellow on white
+    fig.shade = lambda c: {"color": matplotlib.colormaps["viridis"](0.8 * norm(c.params)), "label": named.get(c.params)}
     fig.set_size_inches(0.05 + across * (wide + 0.7), (math.ceil(len(shown) / across) or 1) * block - 0.1)
     return fig
 
@@ -354,6 +352,7 @@ def sheet(loads, *rows):
 def finish(fig, caption, path):
     """Limits by means and seeds, which long error bars may leave; below the axes the legend and the caption."""
     for ax in fig.axes:
+        ax.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter())
         group = ax.get_shared_y_axes().get_siblings(ax)
         y = np.array([y for a in group for line in a.lines for y in line.get_ydata() if math.isfinite(y)])
         if len(y) and ax.get_yscale() == "linear":
@@ -391,10 +390,10 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
     def accuracy_by_width(self):
         """SGD and SAM on test data, and SGD trained for twice the epochs; below, on training data, dotted: the width
         from which on SGD fits 99.5% of them. Dashed, synthetic data: the noise floor, and the loss of a constant."""
-        fig = sheet(self.of("clean"), ("{1}", "SGD, SAM, twice"), ("{2}", "SGD, SAM", "train"))
+        fig = sheet(self.of("clean"), ("{1}", "SGD, SAM, twice"), ("{2}", "SGD, SAM", "train_{3}"))
         for (top, bottom), load in fig.columns:
             top.hlines([1, 1.34] if load.dataset == "teacher" else [], *top.get_xlim(), "black", "--", linewidth=0.7)
-            unfit = [x for x, values in load.points("SGD", "train") if interval(values)[0] < 99.5]
+            unfit = [x for x, values in load.points("SGD", "train_acc") if values and interval(values)[0] < 99.5]
             for x in [c.params for c in load.cells if load.metric == "acc" and c.params > max(unfit, default=0)][:1]:
                 bottom.axvspan(x, x, color=SGD, linestyle=":")
         return fig
@@ -444,16 +443,17 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
     def interpolation(self):
         """Does width help, or fitting the labels? SAM's gain against SGD's final accuracy on the labels trained on, a
         mark for each seed and width."""
-        loads = [load for load in self.of("clean", "noisy") if load.metric == "acc"]
-        fig = sheet([*{load.base: load for load in loads}.values()], ("{0}",))
+        loads = sorted(self.of("clean", "noisy"), key=lambda load: load.cells[-1].params)
+        fig = sheet([*{load.base: load for load in loads if load.metric == "acc"}.values()], ("{0}",))
         for (ax,), base in fig.columns:
             for load in [load for load in loads if load.base == base.base]:
                 mark = "os^Dvp*"[int(8 * load.noise) % 7]
                 for c in load.cells:
-                    sgd, gain = c.values("SGD", "train"), c.values("gain")
+                    sgd, gain = c.values("SGD", "train_acc"), c.values("gain")
                     ax.plot([sgd[s] for s in gain], [*gain.values()], mark, markersize=4, **fig.shade(c))
                 ax.plot([], [], mark, color=GREY, label=f"{100 * load.noise:.4g}% flipped")
             ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's training accuracy (%)")
+            ax.set_title(base.title.replace(f", {100 * base.noise:.4g}% flipped", ""))
         return fig
 
     def curves(self):
@@ -552,8 +552,8 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
                 "rho": f"{best:g}{edge}",
                 "within an error": f"{alike[0]:g} to {alike[-1]:g}",
             }
-            for name, what in {"SGD": ("SGD",), "SAM": ("SAM",), "SGD, training": ("SGD", "train")}.items():
-                row[name] = f"{interval(c.values(*what))[0]:.4g}"
+            means = {"SGD": c.values("SGD"), "SAM": c.values("SAM"), "train": c.values("SGD", f"train_{load.metric}")}
+            row |= {name: f"{interval(values)[0]:.4g}" for name, values in means.items()}
             gains = {"gain": c.values("gain"), f"gain at rho {one:g}": c.values("gain", rho=one)}
             others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
             gains["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
