@@ -331,7 +331,7 @@ def sheet(loads, *rows):
         axes[0].set_title(title)
         for row, ax in enumerate(axes):
             name, *whats = (text.format(*WORDS[load.metric]) for text in rows[row])
-            fig.places[ax] = 0.65 + i % across * (wide + 0.7), i // across * block + 0.55 + 1.65 * row, wide, 1.15
+            fig.places[ax] = 0.7 + i % across * (wide + 0.75), i // across * block + 0.55 + 1.65 * row, wide, 1.15
             for what in whats[0].split(", ") if whats else ():
                 draw(ax, load.points(what, *whats[1:]), *LOOK[what])
             ax.set_yscale("log" if whats[1:] in (["train_loss"], ["bend of y"]) else "linear")
@@ -345,7 +345,7 @@ def sheet(loads, *rows):
     named = {sizes[round(i)]: f"{short(sizes[round(i)])} parameters" for i in np.linspace(0, len(sizes) - 1, 6)}
     norm = matplotlib.colors.LogNorm(sizes[0], 1.001 * sizes[-1], clip=True)  # up to 0.8 of viridis: no yellow on white
     fig.shade = lambda c: {"color": matplotlib.colormaps["viridis"](0.8 * norm(c.params)), "label": named.get(c.params)}
-    fig.set_size_inches(0.05 + across * (wide + 0.7), (math.ceil(len(shown) / across) or 1) * block - 0.1)
+    fig.set_size_inches(0.1 + across * (wide + 0.75), (math.ceil(len(shown) / across) or 1) * block - 0.1)
     return fig
 
 
@@ -357,7 +357,7 @@ def finish(fig, caption, path):
         y = np.array([y for a in group for line in a.lines for y in line.get_ydata() if math.isfinite(y)])
         if len(y) and ax.get_yscale() == "linear":
             bars = [bar[:, 1] for a in group for each in a.collections for bar in each.get_segments() if len(bar)]
-            reach, bars = (y.max() - y.min()) or abs(y.max()) / 10 or 1, np.concatenate([y, *bars])
+            reach, bars = max(y.max() - y.min(), abs(y.max()) / 100) or 1, np.concatenate([y, *bars])
             low, high = max(np.nanmin(bars), y.min() - reach), min(np.nanmax(bars), y.max() + reach)
             ax.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
     how = " Means with Student's 95% intervals over seeds, on these test data, pointwise; grey: each seed. "
@@ -494,7 +494,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
     def convergence(self):
         """Training loss at a constant rate, a line a width (mean over seeds): SAM, SGD. Below, the slope of ln(loss)
         per epoch, and its R^2, over the epochs before the loss is 1e-7 of the first, where float32 ends."""
-        rows = ("SAM's\ntraining loss",), ("SGD's\ntraining loss",), ("slope of ln(loss)", "SGD, SAM", "rate")
+        rows = ("loss of SAM",), ("loss of SGD",), ("slope", "SGD, SAM", "rate")
         fig = sheet(self.of("constant"), *rows, ("R^2", "SGD, SAM", "R^2"))
         for axes, load in fig.columns:
             for c in load.cells:
@@ -571,17 +571,16 @@ def main():
     parser.add_argument("--figures", default="figures", help="where the figures go (default: figures)")
     parser.allow_abbrev, parser.error = False, lambda message: parser.exit(2, f"plot.py: {message}\n")
     args = parser.parse_args()
-    folder, (loads, left) = Path(args.figures), workloads(args.results)
-    if not loads:
-        parser.error(f"--results {args.results}: has no SAM run with a run of SGD at the same seed; run a script first")
+    folder = Path(args.figures)
     matplotlib.rcParams |= {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.25}
-    lines = [f"{path}: left out, {why}" for path, why in left.items()]
-    shy = [(a, c) for a in loads for c in a.cells if any(len(runs) > len(c.shared) for runs in c.sam.values())]
-    lines += [
-        f"{a.title}, width {c.width}: rho of {c.radii} chosen on the seeds they share, {c.shared}" for a, c in shy
-    ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        loads, left = workloads(args.results)
+        if not loads:
+            parser.error(f"--results {args.results}: no run of SAM has one of SGD at the same seed; run a script first")
+        lines = [f"{path}: left out, {why}" for path, why in left.items()]
+        shy = [(a, c) for a in loads for c in a.cells if any(len(runs) > len(c.shared) for runs in c.sam.values())]
+        lines += [f"{a.title}, width {c.width}: rho of {c.radii} chosen on shared seeds {c.shared}" for a, c in shy]
         for figure in [figure for name, figure in vars(Figures).items() if not name.startswith("_") and figure.__doc__]:
             fig, name = figure(Figures(loads)), f"{figure.__name__}.png"
             lines += [f"{name}: no room for {load.title}" for load in fig.left_out]

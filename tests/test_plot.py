@@ -139,7 +139,7 @@ def test_radii_are_compared_on_the_seeds_that_all_share(tmp_path):
     runs = [run(seed=s) for s in range(3)] + [run(0.1, s, a) for s, a in enumerate((0.91, 0.99, 0.99))]
     load = one(tmp_path, [*runs, run(0.2, 0, 0.92)])  # an interrupted sweep
     assert plot.choose(load.cells) == (0.2, [0.2]) and load.cells[0].shared == [0]
-    assert "rho of [0.1, 0.2] chosen on the seeds they share, [0]" in draw(tmp_path).stdout
+    assert "rho of [0.1, 0.2] chosen on shared seeds [0]" in draw(tmp_path).stdout
 
 
 def test_the_range_of_rho_is_within_one_paired_standard_error(tmp_path):
