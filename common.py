@@ -954,6 +954,7 @@ class Recorder:
         accuracies = [row["test_acc"] for row in self.history if "test_acc" in row]
         result = {
             "config": {key: value for key, value in vars(self.config).items() if key not in ("name", "defaults")},
+            "defaults": self.config.defaults,  # which plot.py takes for a flag that older files lack
             **{"num_params": params, "num_nonzero": params, "status": self.status},
             **{key: last.get(key) for key in ("test_acc", "test_loss", "train_loss")},
             "best_test_acc": max(accuracies, default=None),

@@ -59,6 +59,7 @@ DEFAULTS = dict.fromkeys(("hidden", "filters", "image_size", "train_size", "prun
 DEFAULTS |= dict.fromkeys(("noise", "sparsity", "epochs", "val_size", "warmup", "weight_decay"), 0)
 DEFAULTS |= dict.fromkeys(("adaptive", "amp", "compile", "fp32"), False) | {"depth": 18, "loss": "ce", "processes": 1}
 DEFAULTS |= {"schedule": "step", "perturb": "all", "data_dir": "data"}
+KNOWN = {*DEFAULTS, *MNIST, "dataset", "milestones", "script", "shape"}  # others, at their default: as if not there
 VARIED = {"hidden", "filters", "sparsity", "sam", "rho", "seed", "device", "results", "force", "workers", "sharpness"}
 SCRIPTS = {"mlp_width", "resnet_width", "label_noise", "sparsity"}
 T95 = (math.nan, 12.706, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # Student's t, by seeds - 1
@@ -106,7 +107,8 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         # layers in proportion, such as 75-25 and 3000-1000, are one shape at two widths; equal layers are no width
         shape = [round(3 * math.log2(h / self.layers[0])) for h in self.layers]
         usual = (0.5, 0.75) if filters or config["dataset"] == "teacher" else (0.25, 0.5, 0.75)
-        settings = {k: float(v) if type(v) is int else v for k, v in config.items() if k not in VARIED} | {
+        silent = VARIED | {k for k, v in result.get("defaults", {}).items() if v == config.get(k) and k not in KNOWN}
+        settings = {k: float(v) if type(v) is int else v for k, v in config.items() if k not in silent} | {
             "model": "MLP" if self.layers else f"ResNet-{config['depth']}" if filters else config["script"],
             "shape": f"layers of {self.layers[0]}" if len(shape) > 1 and not any(shape) else shape,
             "noise": float(config["noise"]),
@@ -115,9 +117,7 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
             "milestones": list(config.get("milestones") or usual) if config["schedule"] == "step" else None,
         }
         # a script with neither --hidden nor --filters sets its width by a number of its own
-        own = [
-            k for k, v in settings.items() if type(v) is float and not (shape or filters or k in DEFAULTS or k in MNIST)
-        ]
+        own = [k for k, v in settings.items() if type(v) is float and not (shape or filters or k in KNOWN)]
         cell = self.width, self.params, sparsity, *map(settings.pop, sorted(own))
         self.key = freeze(settings), cell, self.rho, self.seed
         self.outcome = self.status, tuple(self.history.get("test_loss", ()))
@@ -260,7 +260,8 @@ def workloads(folder):
     for run in [twins[0] for key, twins in found.items() if key not in used]:
         why = "SAM diverged at this rho, or no run of SGD" if run.rho is not None else "no run of SAM"
         left.setdefault(run.path, "diverged" if run.status == "diverged" else f"{why} beside it")
-    for key in sorted({k for load in loads.values() for k in load.settings}, key=lambda k: (k != "dataset", k)):
+    keys = {key for load in loads.values() for key in load.settings}
+    for key in sorted(keys, key=lambda key: (key != "dataset", key in KNOWN, key)):
         alike = defaultdict(set)
         for load in loads.values():
             alike[load.title].add(str(load.settings.get(key)))
@@ -392,7 +393,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         from which on SGD fits 99.5% of them. Dashed, synthetic data: the noise floor, and the loss of a constant."""
         fig = sheet(self.of("clean"), ("{1}", "SGD, SAM, twice"), ("{2}", "SGD, SAM", "train_{3}"))
         for (top, bottom), load in fig.columns:
-            top.hlines([1, 1.34] if load.dataset == "teacher" else [], *top.get_xlim(), "black", "--", linewidth=0.7)
+            top.hlines([1, 1.306] if load.dataset == "teacher" else [], *top.get_xlim(), "black", "--", linewidth=0.7)
             unfit = [x for x, values in load.points("SGD", "train_acc") if values and interval(values)[0] < 99.5]
             for x in [c.params for c in load.cells if load.metric == "acc" and c.params > max(unfit, default=0)][:1]:
                 bottom.axvspan(x, x, color=SGD, linestyle=":")
