@@ -78,7 +78,7 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
 }
 
 # Settings in which small ResNets memorize noisy labels, found on seed 0, which overnight does not use
-quick_resnets="label_noise.py --filters 2 4 8 --noise 0.5 --train-size 1000 --batch-size 32 --epochs 15"
+quick_resnets="label_noise.py --filters 2 4 8 --noise 0.5 --train-size 1000 --batch-size 32 --epochs 12"
 quick_resnet_rhos="0.2"
 overnight_resnets="label_noise.py --filters 4 8 16 --noise 0.5 --epochs 30"
 overnight_resnets="$overnight_resnets --train-size 2000 --val-size 1000 --batch-size 32"
@@ -125,18 +125,18 @@ quick() {
     local noisy="label_noise.py --hidden 75-25 300-100 1200-400 --noise 0.5 --epochs 20"
     both "0.1 0.2" label_noise.py --hidden 75-25 150-50 300-100 1200-400 --noise 0.5 --epochs 20 $mini --seed 0 1 2
     both "0.05 0.1" label_noise.py --hidden 75-25 300-100 --noise 0.75 --epochs 20 $two
-    sam "0.1 0.2" $noisy --perturb last $two
-    sam "0.1 0.2" $noisy --perturb rest $two
+    sam 0.2 $noisy --perturb last $two
+    sam 0.2 $noisy --perturb rest $two
     both "$quick_resnet_rhos" $quick_resnets $two
-    both "0.1 0.2 0.5" mlp_width.py --dataset teacher --hidden 100 400 1000 --val-size 2000 --epochs 20 --seed 0 1
+    both "0.1 0.5" mlp_width.py --dataset teacher --hidden 100 400 1000 --val-size 2000 --epochs 20 --seed 0 1
     both 0.2 mlp_width.py --dataset curve --hidden 10 100 1000 --epochs 6 --seed 0 1
-    both 0.2 mlp_width.py --dataset curve-scaled --hidden 10 100 1000 --epochs 6 --seed 0 1
+    both 0.2 mlp_width.py --dataset curve-scaled --hidden 10 1000 --epochs 6 --seed 0 1
     both "0.1 0.2" $clean --epochs 15 $two
-    both "0.1 0.2" $clean --epochs 15 --weight-decay 0 $two
+    both 0.1 $clean --epochs 15 --weight-decay 0 $two
     sgd $clean --epochs 30 $two
-    both "0.1 0.2" mlp_width.py --hidden 100 100-100 100-100-100 100-100-100-100 --epochs 15 $two
-    equal "random snip" "300-100:0.7723 1200-400:0.9583" "0.1 0.2" --hidden "--epochs 15 $two"
-    both "0.05 0.1 0.2" mlp_width.py --hidden 75-25 300-100 --train-size 500 --epochs 100 --loss mse \
+    both 0.1 mlp_width.py --hidden 100 100-100 100-100-100 100-100-100-100 --epochs 15 $two
+    equal "random snip" "300-100:0.7723 1200-400:0.9583" 0.1 --hidden "--epochs 15 $two"
+    both "0.1 0.2" mlp_width.py --hidden 75-25 300-100 --train-size 500 --epochs 100 --loss mse \
         --schedule constant --lr 0.05 --momentum 0 --weight-decay 0 --sharpness 50 $two
     both 0.05 mlp_width.py --hidden 30-10 300-100 --schedule constant --epochs 20 $two
 }
@@ -145,7 +145,7 @@ lines() { # lines cpu|gpu SECONDS FLAGS: the commands split into single runs, or
     LC_ALL=C awk -v machine="$1" -v limit="$2" -v flags="$3" '
     function get(flag, otherwise) { return flag in value ? value[flag] : otherwise }
     function step(width, mlp,    seconds, layer, i) { # that SGD takes for 128 images, roughly, on one core or a GPU
-        seconds = mlp ? 0.0005 : 0.01 + 0.001 * width * width
+        seconds = mlp ? 0.0005 : 0.07 + 0.0005 * width * width
         for (i = split("784-" width "-10", layer, "-"); mlp && i > 1; i--) seconds += 7e-9 * layer[i] * layer[i - 1]
         if (machine == "cpu") return seconds
         floor = mlp ? 0.002 : 0.007 # launching the kernels takes as long
@@ -182,7 +182,7 @@ commands() { # commands full|quick|overnight
     case $1 in
         full) full | lines gpu 100 "$FLAGS" ;;
         overnight) overnight | lines cpu 120 " --results results/overnight" ;;
-        quick) quick | lines cpu 40 " --results results/quick" ;;
+        quick) quick | lines cpu 90 " --results results/quick" ;;
     esac
 }
 
