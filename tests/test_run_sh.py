@@ -179,7 +179,7 @@ def test_the_longest_come_first():
     for sam in (False, True):
         plain = [flags for script, flags in lines if script == "resnet_width.py" and ("sam" in flags) == sam]
         widths = [int(flags["filters"][0]) for flags in plain if not flags.keys() & {"epochs", "weight-decay"}]
-        narrow = [max(width, 32) for width in widths]  # below that, all wait for kernels to be launched
+        narrow = [max(width, 64) for width in widths]  # below that, all wait for kernels to be launched
         assert narrow == sorted(narrow, reverse=True)
         assert len(widths) == 7 * 3 * (9 if sam else 1)
 
