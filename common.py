@@ -971,7 +971,9 @@ class Recorder:
             with contextlib.suppress(OSError):  # one that was killed has left it, if it isn't being written to
                 if left.name.startswith(f"{self.config.name}.") and time.time() - left.stat().st_mtime > 60:
                     left.unlink()
-        outcome = f"test {last['test_acc']:.2%} (best {result['best_test_acc']:.2%})" if accuracies else "no accuracy"
+        outcome = f"test loss {last['test_loss']:.4f}" if last else "no finite epoch"
+        if accuracies:
+            outcome = f"test {last['test_acc']:.2%} (best {max(accuracies):.2%})"
         print(f"{self.status}: {self.config.name}: {outcome}, {self.seconds:.0f} s", flush=True)
 
 
