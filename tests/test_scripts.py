@@ -50,7 +50,19 @@ def results(folder):
 
 
 ROW = {"epoch", "lr", "seconds", "train_loss", "train_acc", "test_loss", "test_acc", "val_loss", "val_acc"}
-KEYS = {"config", "num_params", "num_nonzero", "history", "test_acc", "best_test_acc", "test_loss", "train_loss"}
+KEYS = {
+    "config",
+    "defaults",
+    "status",
+    "env",
+    "num_params",
+    "num_nonzero",
+    "history",
+    "test_acc",
+    "best_test_acc",
+    "test_loss",
+    "train_loss",
+}
 FLAGS = {
     *"sam rho adaptive perturb epochs batch_size lr momentum weight_decay schedule warmup loss sharpness seed".split(),
     *"dataset data_dir train_size val_size device amp compile fp32 results force script processes".split(),
@@ -67,7 +79,8 @@ def test_result_files_have_what_the_contract_says(folder, script):
         assert config["script"] == script and config["epochs"] == 2 and config["val_size"] == 50
         assert config.keys() >= FLAGS | OWN_FLAGS.get(script, {"hidden", "filters"}) and config["processes"] == 1
         assert not config.keys() & {"name", "defaults"}
-        assert result.keys() == KEYS | {"status", "env"}
+        assert (result["defaults"]["epochs"], result["defaults"]["val_size"]) == (config["filters"] and 200 or 100, 0)
+        assert result.keys() == KEYS
         assert result["status"] == "done" and [row["epoch"] for row in history] == [1, 2]
         for row in history:
             more = {"train_clean_acc"} if script == "label_noise" else set()
@@ -86,7 +99,7 @@ def test_result_files_have_what_the_contract_says(folder, script):
 
 def test_a_curves_result_has_its_function_and_no_accuracy(folder):
     (result,) = [r for r in results(folder / "mlp_width") if r["config"]["dataset"] == "curve"]
-    assert result.keys() == KEYS | {"status", "env", "function"}
+    assert result.keys() == KEYS | {"function"}
     assert result["function"].keys() == {"x", "y", "y_initial"}
     assert all(len(values) == 311 for values in result["function"].values())
     losses = {"epoch", "lr", "seconds", "train_loss", "test_loss", "last_layer_share"}
