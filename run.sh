@@ -78,7 +78,7 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
 }
 
 # Settings in which small ResNets memorize noisy labels, found on seed 0, which overnight does not use
-quick_resnets="label_noise.py --filters 2 4 8 --noise 0.5 --train-size 1000 --batch-size 32 --epochs 12"
+quick_resnets="label_noise.py --filters 4 8 --noise 0.5 --train-size 1000 --batch-size 32 --epochs 12"
 quick_resnet_rhos="0.2"
 overnight_resnets="label_noise.py --filters 4 8 16 --noise 0.5 --epochs 30"
 overnight_resnets="$overnight_resnets --train-size 2000 --val-size 1000 --batch-size 32"
@@ -129,8 +129,8 @@ quick() {
     sam 0.2 $noisy --perturb rest $two
     both "$quick_resnet_rhos" $quick_resnets $two
     both "0.1 0.5" mlp_width.py --dataset teacher --hidden 100 400 1000 --val-size 2000 --epochs 20 --seed 0 1
-    both 0.2 mlp_width.py --dataset curve --hidden 10 100 1000 --epochs 6 --seed 0 1
-    both 0.2 mlp_width.py --dataset curve-scaled --hidden 10 1000 --epochs 6 --seed 0 1
+    both 0.2 mlp_width.py --dataset curve --hidden 10 100 1000 --epochs 5 --seed 0 1
+    both 0.2 mlp_width.py --dataset curve-scaled --hidden 10 1000 --epochs 5 --seed 0 1
     both "0.1 0.2" $clean --epochs 15 $two
     both 0.1 $clean --epochs 15 --weight-decay 0 $two
     sgd $clean --epochs 30 $two
