@@ -329,7 +329,7 @@ def sheet(loads, *rows):
         axes = [fig.add_axes((0, 0, 1, 1), label=f"{i} {row}") for row in range(len(rows))]
         gain = load.trends().get("gain") if rows[0][0] == "{0}" else None
         title = textwrap.fill(load.title, int(13 * wide)) + (f"\nn={len(gain)}: {load.say(gain)}" if gain else "")
-        axes[0].set_title(title)
+        axes[0].set_title(title, fontsize=7.5 if across == 3 else 9)
         for row, ax in enumerate(axes):
             name, *whats = (text.format(*WORDS[load.metric]) for text in rows[row])
             fig.places[ax] = 0.7 + i % across * (wide + 0.75), i // across * block + 0.55 + 1.65 * row, wide, 1.15
@@ -484,11 +484,12 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         rows = *[("f",)] * 4, ("sum of |f''|", "SGD, SAM", "bend of y"), ("training loss", "SGD, SAM", "train_loss")
         fig = sheet([load for load in self.of("curve") if load.cells[0].run.function], *rows)
         for (*axes, bend, _), load in fig.columns:
-            for ax, i in zip(axes, np.linspace(0, len(load.cells) - 1, 4).round().astype(int)):
-                for run, color in [(r, c) for pair in load.cells[i].pairs() for r, c in zip(pair, (SGD, SAM))]:
+            shown = sorted({*np.linspace(0, len(load.cells) - 1, 4).round().astype(int)})
+            for ax, c in zip(axes, [load.cells[i] for i in shown] + [None] * 3):
+                for run, color in [(r, color) for pair in c.pairs() for r, color in zip(pair, (SGD, SAM))] if c else ():
                     ax.plot(run.function["x"], run.function["y"], color=color, linewidth=0.7)
                 ax.plot(*CURVE, ".", color="black", markersize=4)
-                ax.set(xscale="linear", xlabel=f"x; width {load.cells[i].width}")
+                ax.set(xscale="linear", xlabel=f"x; width {c.width}" if c else "", visible=bool(c))
             draw(bend, load.points("SGD", "bend of y_initial"), "at initialization", "^:", "black")
         return fig
 
@@ -569,13 +570,12 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default="results", help="where the scripts put their results (default: results)")
-    parser.add_argument("--figures", default="figures", help="where the figures go (default: figures)")
+    parser.add_argument("--figures", type=Path, default="figures", help="where the figures go (default: figures)")
     parser.allow_abbrev, parser.error = False, lambda message: parser.exit(2, f"plot.py: {message}\n")
     args = parser.parse_args()
-    folder = Path(args.figures)
     matplotlib.rcParams |= {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.25}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        args.figures.mkdir(parents=True, exist_ok=True)
         loads, left = workloads(args.results)
         if not loads:
             parser.error(f"--results {args.results}: no run of SAM has one of SGD at the same seed; run a script first")
@@ -587,13 +587,13 @@ def main():
             lines += [f"{name}: no room for {load.title}" for load in fig.left_out]
             lines += [] if fig.columns else [f"{name}: not drawn, no results for it"]
             if fig.columns:
-                finish(fig, figure.__doc__, folder / name)
+                finish(fig, figure.__doc__, args.figures / name)
         text = f"{summary(loads)}\n## Left out\n\n" + "".join(f"- {line}\n" for line in lines)
-        (folder / "summary.md").write_text(text, encoding="utf-8")
+        (args.figures / "summary.md").write_text(text, encoding="utf-8")
     except OSError as error:
-        parser.error(f"--figures {folder}: cannot be written to ({error.strerror}); name another folder")
+        parser.error(f"--figures {args.figures}: cannot be written to ({error.strerror}); name another folder")
     with contextlib.suppress(BrokenPipeError):  # where nobody reads on
-        os.write(1, "".join(f"{line}\n" for line in [*lines, f"{folder}: figures and summary.md"]).encode())
+        os.write(1, "".join(f"{line}\n" for line in [*lines, f"{args.figures}: figures and summary.md"]).encode())
 
 
 if __name__ == "__main__":
