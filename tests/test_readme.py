@@ -2,8 +2,14 @@
 
 import ast
 import copy
+import importlib
+import json
 import re
+import shlex
+import shutil
 import socket
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +19,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+import common
 from common import SAM, frozen_bn_stats
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +79,7 @@ def test_the_class_needs_nothing_but_torch():
 def test_the_readme_states_the_length_of_the_class():
     lines = len(source_of("SAM").splitlines())
     assert re.search(rf"^\| lines of the class \| {lines} \|", README, re.MULTILINE)
-    assert {int(n) for n in re.findall(r"(\d+)-line SAM class", README)} <= {lines}
+    assert {int(n) for n in re.findall(r"(?:class of |`SAM` \()(\d+) lines", README)} == {lines}
 
 
 def rebuilt():
@@ -184,3 +191,142 @@ def test_table_step_with_a_closure_returns_the_loss_at_w():
         return loss
 
     assert sam.step(closure).item() == 1.0
+
+
+# Command blocks, commands within the text, and recipes
+
+SHELL = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+DIFFS = re.findall(r"^```diff\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+NOT_HERE = {  # first words of a block: why no test executes it
+    "git clone": "needs the network",
+    "bash run.sh quick": "ten minutes; tests/test_run_sh.py runs run.sh with a stub in Python's place",
+    "torchrun": "several GPUs and nodes; tests/test_distributed.py has two processes on a CPU",
+}
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the repo without results."""
+    for name in ("*.py", "run.sh", "requirements.txt"):
+        for path in ROOT.glob(name):
+            shutil.copy(path, tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mini").symlink_to(ROOT / "data" / "mini")
+    return tmp_path
+
+
+def call(folder, *command):
+    done = subprocess.run([*map(str, command)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def results(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("results/*/*.json"))]
+
+
+def test_every_command_block_is_executed_or_named():
+    executed = [block for block in SHELL if block.startswith(("python mlp_width.py", "#!/bin/bash"))]
+    named = [block for block in SHELL if block.startswith(tuple(NOT_HERE))]
+    assert len(executed) == 2 and len(named) == len(NOT_HERE) and len(executed) + len(named) == len(SHELL)
+
+
+def test_the_first_commands_train_and_draw(clone):
+    (block,) = [block for block in SHELL if block.startswith("python mlp_width.py")]
+    for line in block.splitlines():
+        call(clone, sys.executable, *line.replace("--epochs 5", "--epochs 1").split()[1:])
+    assert len(results(clone)) == 3 and (clone / "figures" / "accuracy_by_width.png").exists()
+
+
+def test_the_slurm_script_runs_its_line(clone):
+    (block,) = [block for block in SHELL if block.startswith("#!/bin/bash")]
+    place = clone / ".venv" / "bin"
+    place.mkdir(parents=True)
+    (place / "activate").write_text(f"PATH={shlex.quote(str(place))}:$PATH\n")
+    (place / "python").write_text('#!/bin/sh\necho python "$@"\n')
+    (place / "python").chmod(0o755)
+    (clone / "job.sh").write_text(block)
+    lines = call(clone, "bash", "run.sh", "list").splitlines()
+    for task in (1, len(lines)):
+        command = ["env", f"SLURM_ARRAY_TASK_ID={task - 1}", "OFFSET=1", "bash", "job.sh"]
+        assert call(clone, *command).strip() == lines[task - 1].strip()
+
+
+COMMANDS = [
+    c for c in re.findall(r"`(python \w+\.py [^`]*)`", README) if not c.startswith(("python SCRIPT", "python tests"))
+]
+COMMANDS += [line for block in SHELL for line in re.findall(r"\w+_width\.py .*", block)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_within_the_text_parse(command, monkeypatch):
+    argv = command.replace("$SEEDS", "--seed 0 1 2").removeprefix("python ").split()
+    monkeypatch.setattr(sys, "argv", argv)
+    parsed = []
+    monkeypatch.setattr(
+        common, "main", lambda parser, train, settings_of: parsed.extend(common.parse(parser, settings_of))
+    )
+    path = ROOT / argv[0]
+    names = {"__name__": "__main__", "__file__": str(path)}
+    importlib.invalidate_caches()
+    exec(compile(path.read_text(), path, "exec"), names)
+    assert parsed
+
+
+def apply(folder, diff):
+    """Makes a diff block's changes, each of which must fit one place, to the file that its first line names (first)."""
+    head, *hunks = diff.split("@@\n")
+    source, *target = head.split()[1:]
+    text = (folder / source).read_text()
+    for hunk in hunks:
+        old = "".join(line[1:] + "\n" for line in hunk.splitlines() if line[:1] != "+")
+        new = "".join(line[1:] + "\n" for line in hunk.splitlines() if line[:1] != "-")
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / (target or [source])[0]).write_text(text)
+
+
+TINY = "--data-dir data/mini --train-size 200 --epochs 1 --device cpu".split()
+
+
+def test_the_recipe_of_an_optimizer(clone):
+    argv = [sys.executable, "mlp_width.py", "--hidden", "9-7", *TINY]
+    call(clone, *argv)
+    before = (clone / "results" / "mlp_width").glob("*.json").__next__().read_bytes()
+    apply(clone, DIFFS[0])
+    assert "1 already finished" in call(clone, *argv)  # an older result stays valid
+    for more in ([], ["--sam"]):
+        call(clone, *argv, "--optimizer", "adamw", "--lr", 0.001, *more)
+    call(clone, *argv, "--sam")
+    found = {(r["config"].get("optimizer", "sgd"), r["config"]["sam"]): r["train_loss"] for r in results(clone)}
+    assert len(found) == len(set(found.values())) == 4
+    assert before in [path.read_bytes() for path in (clone / "results" / "mlp_width").glob("*.json")]
+    call(clone, sys.executable, "plot.py")
+    assert "adamw" in (clone / "figures" / "summary.md").read_text()
+
+
+def test_the_recipe_of_a_model(clone):
+    apply(clone, DIFFS[1])
+    for more in ([], ["--sam"]):
+        call(clone, sys.executable, "cnn_width.py", "--channels", 4, 8, *TINY, *more)
+    found = results(clone)
+    assert [path.name for path in (clone / "results").iterdir()] == ["cnn_width"] and len(found) == 4
+    assert {r["num_params"] for r in found} == {c * (25 + 1 + 2 + 160) + 10 for c in (4, 8)}
+    call(clone, sys.executable, "plot.py")
+    assert (clone / "figures" / "gain_by_width.png").exists()
+
+
+def test_the_recipe_of_a_data_set(clone):
+    apply(clone, DIFFS[2])
+    call(clone, sys.executable, "mlp_width.py", "--hidden", "9-7", "--dataset", "Parity", "--epochs", 1)
+    (result,) = results(clone)
+    assert result["config"]["dataset"] == "parity" and result["num_params"] == 10 * 9 + 9 + 9 * 7 + 7 + 7 * 2 + 2
+
+
+def test_the_recipe_of_a_figure(clone):
+    apply(clone, DIFFS[3])
+    for more in ([], ["--sam"]):
+        call(clone, sys.executable, "mlp_width.py", "--hidden", "9-7", "18-14", *TINY, *more)
+    call(clone, sys.executable, "plot.py")
+    assert (clone / "figures" / "training_loss.png").exists()
+    assert len(DIFFS) == 4
