@@ -15,6 +15,8 @@ import resnet_width
 import sparsity
 from common import LOSSES, MLP, BasicBlock, measure_sharpness, sharpness
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, in torch.func.hessian
+
 
 def explicit(model, loss, x, y, masks=None):
     """lambda_max, trace and s2 from the images' whole Hessians, rows and columns of pruned weights taken out."""

@@ -545,7 +545,7 @@ def test_temporary_files_of_killed_processes_go_and_fresh_ones_stay(tmp_path):
     path.parent.mkdir(parents=True)
     stale, fresh, another = (
         [path.with_name(f"{name}.{end}.0123abcd.tmp") for end in ("json", "ckpt")]
-        for name in (config.name, config.name, config.name.replace("seed1", "seed11"))
+        for name in (config.name, config.name, f"{config.name}_warmup=9")
     )
     fresh = [p.with_name(p.name.replace("0123", "4567")) for p in fresh]
     for temporary in (*stale, *fresh, *another):
