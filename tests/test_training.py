@@ -366,13 +366,17 @@ CASES = [  # script, flags, learning rate
     (mlp_width, "--dataset teacher --hidden 8 --sam --rho 0.2 --val-size 90", stepwise(STEP2, 0.01)),
     (resnet_width, "--filters 2 --batch-size 10", stepwise(STEP2)),
     (resnet_width, "--filters 2 --batch-size 10 --sam --rho 0.1", stepwise(STEP2)),
-    (resnet_width, "--filters 8 --batch-size 10 --epochs 1 --sam --rho 0.1", stepwise(STEP2)),  # channels last
+    (
+        resnet_width,
+        "--filters 8 --batch-size 10 --epochs 1 --sam --rho 0.3 --adaptive --perturb rest",
+        stepwise(STEP2),
+    ),  # channels last
     (label_noise, "--hidden 30-20 --noise 0.4 --val-size 100", stepwise(STEP3)),
     (label_noise, "--hidden 30-20 --noise 0.4 --sam --rho 0.1 --adaptive", stepwise(STEP3)),
     (label_noise, "--filters 2 --batch-size 10 --noise 0.6 --sam --rho 0.1 --perturb rest", stepwise(STEP2)),
     (sparsity, "--hidden 30-20 --sparsity 0.8 --val-size 100", stepwise(STEP3)),
     (sparsity, "--hidden 30-20 --sparsity 0.8 --pruner magnitude --sam --rho 0.1 --perturb last", stepwise(STEP3)),
-    (sparsity, "--filters 2 --batch-size 10 --sparsity 0.5 --pruner snip --sam --rho 0.1", stepwise(STEP2)),
+    (sparsity, "--filters 2 --batch-size 10 --sparsity 0.5 --pruner snip --sam --rho 0.3 --adaptive", stepwise(STEP2)),
 ]
 
 
