@@ -49,9 +49,11 @@ echo ends $CUDA_VISIBLE_DEVICES >>gpus
 
 
 def start(folder, *argv, **variables):
-    """run.sh, with stdin, stdout and stderr in text, in a process group of its own that Ctrl-C reaches."""
+    """run.sh, with stdin, stdout and stderr in text, in a process group of its own that signals reach, even where the
+    tests run under nohup or in the background, whose children ignore them."""
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    reached = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    reached = {"start_new_session": True, "preexec_fn": lambda: [signal.signal(n, signal.SIG_DFL) for n in numbers]}
     return subprocess.Popen(
         ["bash", "run.sh", *argv], cwd=folder, env={**ENV, **variables}, text=True, **pipes, **reached
     )
