@@ -2,7 +2,7 @@
 
     python tests/benchmark.py [--device cuda]
 
-Everything that is compared runs interleaved in one process. README.md quotes the table.
+Everything that is compared runs interleaved in one process.
 """
 
 import argparse
