@@ -253,7 +253,9 @@ def test_the_slurm_script_runs_its_line(clone):
 
 
 COMMANDS = [
-    c for c in re.findall(r"`(python \w+\.py [^`]*)`", README) if not c.startswith(("python SCRIPT", "python tests"))
+    c
+    for c in re.findall(r"`(python \w+\.py [^`]*)`", README)
+    if not c.startswith(("python SCRIPT", "python tests", "python plot.py"))
 ]
 COMMANDS += [line for block in SHELL for line in re.findall(r"\w+_width\.py .*", block)]
 
