@@ -267,7 +267,7 @@ def workloads(folder):
             alike[load.title].add(str(load.settings.get(key)))
         for load in loads.values():  # as few settings as tell the titles apart
             value = load.settings.get(key)
-            if len(alike[load.title]) > 1 and value != (DEFAULTS | MNIST).get(key, ""):
+            if len(alike[load.title]) > 1 and key in load.settings and value != (DEFAULTS | MNIST).get(key, ""):
                 load.title += f", {key.replace('_', ' ')} {f'{value:g}' if type(value) is float else value}"
     return sorted(loads.values(), key=lambda load: (load.role() != "clean", load.title)), left
 

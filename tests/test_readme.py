@@ -255,7 +255,7 @@ def test_the_slurm_script_runs_its_line(clone):
 COMMANDS = [
     c
     for c in re.findall(r"`(python \w+\.py [^`]*)`", README)
-    if not c.startswith(("python SCRIPT", "python tests", "python plot.py"))
+    if not c.startswith(("python SCRIPT", "python tests", "python plot.py", "python mlp_width.py --optimizer"))
 ]
 COMMANDS += [line for block in SHELL for line in re.findall(r"\w+_width\.py .*", block)]
 
@@ -304,7 +304,8 @@ def test_the_recipe_of_an_optimizer(clone):
     assert len(found) == len(set(found.values())) == 4
     assert before in [path.read_bytes() for path in (clone / "results" / "mlp_width").glob("*.json")]
     call(clone, sys.executable, "plot.py")
-    assert "adamw" in (clone / "figures" / "summary.md").read_text()
+    text = (clone / "figures" / "summary.md").read_text()
+    assert "## MNIST, MLP\n" in text and "## MNIST, MLP, optimizer adamw" in text
 
 
 def test_the_recipe_of_a_model(clone):
