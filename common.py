@@ -460,7 +460,8 @@ def evaluate(model, loss_fn, split, name, batch_size=1000):
 
 def last_layer(model):
     """The parameters of the last module that has any."""
-    return [list(m.parameters()) for m in model.modules() if list(m.parameters(recurse=False))][-1]
+    last_first = reversed([*model.modules()])  # at every step of SAM, so the others' are not listed
+    return next(list(m.parameters()) for m in last_first if list(m.parameters(recurse=False)))
 
 
 def last_layer_share(model):
