@@ -146,6 +146,7 @@ def train(config):
     if is_curve:
         function["y"] = function_of(model, config.device)
     recorder.finish(
+        num_test=len(data.test.targets),
         sharpness=measure_sharpness(config, model, loss_fn, data.train, data.train.targets),
         function=function if is_curve else None,
     )

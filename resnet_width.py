@@ -186,7 +186,10 @@ def train(config):
             row["last_layer_share"] = average(share / steps_per_epoch)
         recorder.end_epoch(row)
 
-    recorder.finish(sharpness=measure_sharpness(config, model, loss_fn, data.train, data.train.targets))
+    recorder.finish(
+        num_test=len(data.test.targets),
+        sharpness=measure_sharpness(config, model, loss_fn, data.train, data.train.targets),
+    )
 
 
 if __name__ == "__main__":

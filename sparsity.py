@@ -138,6 +138,7 @@ def train(config):
         recorder.end_epoch(row)
 
     recorder.finish(
+        num_test=len(data.test.targets),
         num_nonzero=sum(p.numel() for p in model.parameters()) - removed,
         sharpness=measure_sharpness(
             config, model, loss_fn, data.train, data.train.targets, [masks.get(p) for p in model.parameters()]
