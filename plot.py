@@ -2,10 +2,8 @@
 
     python plot.py --results results --figures figures
 
-A gain is SAM's test accuracy minus SGD's at the same seed; where targets are numbers, SGD's test loss minus SAM's. The
-claim is a trend: each seed's least-squares slope of the gain per tenfold parameters. rho is chosen on held-out data, or
-on test data where none are held out; one at which a run diverged is out. The rule that picks the epoch picks rho: the
-last epoch, each run's best held-out epoch, or (the paper's) its best test epoch.
+A gain is SAM's test accuracy minus SGD's (SGD's test loss minus SAM's) at one seed, a trend its least-squares slope per
+tenfold parameters. rho is chosen on held-out data, on test data where none are held out, at the epoch that is compared.
 """
 
 import argparse
@@ -15,6 +13,7 @@ import math
 import os
 import textwrap
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -86,10 +85,6 @@ def trend(points):
     return {}, {}
 
 
-def subtract(a, b):
-    return {seed: a[seed] - b[seed] for seed in a if seed in b}
-
-
 class Run:  # A result file: settings (where it lacks a flag, the default), history as arrays, numbers by name
     def __init__(self, path):
         self.path, result = path, json.loads(path.read_bytes())
@@ -101,26 +96,23 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         self.history = {key: values * (100 if key.endswith("acc") else 1) for key, values in zip(keys, arrays)}
         self.seed, self.rho = config["seed"], float(config["rho"]) if config["sam"] else None
         self.params, sparsity, filters = int(result["num_params"]), float(config["sparsity"]), config["filters"]
-        self.nonzero = int(result.get("num_nonzero") or self.params)
+        self.nonzero, self.tests = int(result.get("num_nonzero") or self.params), result.get("num_test", 0)
         self.layers = [int(h) for h in str(config["hidden"] or "").split("-") if h]
         self.width = str(config["hidden"] or filters or short(self.params))
         # layers in proportion, such as 75-25 and 3000-1000, are one shape at two widths; equal layers are no width
         shape = [round(3 * math.log2(h / self.layers[0])) for h in self.layers]
         usual = (0.5, 0.75) if filters or config["dataset"] == "teacher" else (0.25, 0.5, 0.75)
         silent = VARIED | {k for k, v in result.get("defaults", {}).items() if v == config.get(k) and k not in KNOWN}
-        settings = {k: float(v) if type(v) is int else v for k, v in config.items() if k not in silent} | {
-            "model": "MLP" if self.layers else f"ResNet-{config['depth']}" if filters else config["script"],
-            "shape": f"layers of {self.layers[0]}" if len(shape) > 1 and not any(shape) else shape,
-            "noise": float(config["noise"]),
-            "pruner": config["pruner"] if sparsity else None,
-            "script": None if config["script"] in SCRIPTS else config["script"],
-            "milestones": list(config.get("milestones") or usual) if config["schedule"] == "step" else None,
-        }
+        settings = {k: float(v) if type(v) is int else v for k, v in config.items() if k not in silent}
+        settings["model"] = "MLP" if self.layers else f"ResNet-{config['depth']}" if filters else config["script"]
+        settings["shape"] = f"layers of {self.layers[0]}" if len(shape) > 1 and not any(shape) else shape
+        settings["milestones"] = list(config.get("milestones") or usual) if config["schedule"] == "step" else None
+        settings["script"] = None if config["script"] in SCRIPTS else config["script"]
+        settings["pruner"] = config["pruner"] if sparsity else None
         # a script with neither --hidden nor --filters sets its width by a number of its own
         own = [k for k, v in settings.items() if type(v) is float and not (shape or filters or k in KNOWN)]
         cell = self.width, self.params, sparsity, *map(settings.pop, sorted(own))
         self.key = freeze(settings), cell, self.rho, self.seed
-        self.outcome = self.status, tuple(self.history.get("test_loss", ()))
         self.function = {key: np.array(values, float) for key, values in (result.get("function") or {}).items()}
         # numbers: the test metric (% or loss) by stopping rule, last values and more; score: what rho is chosen by
         self.numbers = {k: float(v) for k, v in (result.get("sharpness") or {}).items() if v is not None}
@@ -133,8 +125,9 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         test, held = (self.sign * history.get(f"{name}_{self.metric}", np.empty(0)) for name in ("test", "val"))
         ends = {"last": -1, "paper": test.argmax()} | ({"held-out": held.argmax()} if len(held) else {})
         self.score = {s: float((held if len(held) and s != "paper" else test)[end]) for s, end in ends.items()}
-        numbers |= {key: float(values[-1]) for key, values in history.items()}
-        numbers |= {stop: float(self.sign * test[end]) for stop, end in ends.items()}
+        numbers |= {k: float(v[-1]) for k, v in history.items()} | {
+            s: float(self.sign * test[e]) for s, e in ends.items()
+        }
         numbers["clean"] = numbers.get("train_clean_acc", numbers.get("train_acc", math.nan))
         numbers["share"] = 100 * np.mean(history.get("last_layer_share", math.nan))
         for key in curve.keys() - {"x"}:  # sum of |f''|: the total variation of the slope
@@ -151,17 +144,15 @@ class Cell:  # One network: SGD's runs by seed, one kind of SAM's by rho and see
         self.width, self.params, self.nonzero = self.run.width, self.run.params, self.run.nonzero
         self.sgd = {seed: run for seed, run in sgd.items() if any(seed in runs for runs in sam.values())}
         self.diverged = [rho for rho in self.tried if any(run.status == "diverged" for run in sam[rho].values())]
-        good = {rho: runs for rho, runs in sam.items() if rho not in self.diverged}
-        self.sam = {rho: {seed: run for seed, run in runs.items() if seed in sgd} for rho, runs in good.items()}
-        radii = sorted(self.sam, key=lambda rho: -len(self.sam[rho]))  # those that can be compared, as far as
-        while radii and not set.intersection(*({*self.sam[rho]} for rho in radii)):  # they share seeds
+        self.sam = {rho: {s: r for s, r in sam[rho].items() if s in sgd} for rho in sam if rho not in self.diverged}
+        radii = sorted(self.sam, key=lambda rho: -len(self.sam[rho]))  # those that can be compared: that share seeds
+        while radii and not (shared := set.intersection(*({*self.sam[rho]} for rho in radii))):
             radii.pop()
-        self.radii = sorted(radii)
-        self.shared = sorted(set.intersection(*({*self.sam[rho]} for rho in radii)), key=str) if radii else []
+        self.radii, self.shared = sorted(radii), sorted(shared, key=str) if radii else []
+        self.best = {stop: choose([self], stop)[0] for stop in STOPS}
 
     def pairs(self, rho=None, stop="last"):  # [(SGD's run, SAM's run)] of each seed, at this rho or at the best
-        runs = self.sam.get(choose([self], stop)[0] if rho is None else rho, {})
-        return [(self.sgd[seed], run) for seed, run in runs.items()]
+        return [(self.sgd[s], run) for s, run in self.sam.get(self.best[stop] if rho is None else rho, {}).items()]
 
     def values(self, whose, number="last", rho=None):
         """{seed: number} of SGD, of SAM, of SGD at "twice" the epochs; or of SAM's gain over SGD."""
@@ -186,11 +177,10 @@ def choose(cells, stop="last", without=None):
 class Workload:  # Cells that differ in width (sparsity, depth) alone; others: all workloads by frozen settings
     def __init__(self, settings, cells, others):
         self.settings, self.others, self.shape = settings, others, settings["shape"]
-        self.deep = isinstance(self.shape, str)  # by depth, not by width
+        self.deep, self.noise = isinstance(self.shape, str), settings["noise"]  # deep: by depth, not by width
         self.xlabel = "hidden layers" if self.deep else "non-zero parameters" if settings["pruner"] else "parameters"
-        self.noise, self.base = settings["noise"], freeze(settings | {"noise": 0})
-        self.cells = sorted(cells, key=lambda c: (c.params, -c.nonzero))
-        self.metric, self.stops = cells[0].run.metric, [stop for stop in STOPS if stop in cells[0].run.score]
+        self.base, self.cells = freeze(settings | {"noise": 0}), sorted(cells, key=lambda c: (c.params, -c.nonzero))
+        self.metric, self.chosen_on = cells[0].run.metric, "held-out" if "held-out" in cells[0].run.score else "test"
         self.dataset, name = str(settings["dataset"]), Path(str(settings["dataset"])).name
         parts = [NAMES.get(name.lower(), name), settings["model"], settings["pruner"], "ASAM" * settings["adaptive"]]
         parts += [self.shape if self.deep else "", f"{100 * self.noise:.4g}% flipped" * (self.noise > 0)]
@@ -217,6 +207,12 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
             return self.paper if whose == "paper" else []
         return [(len(c.run.layers) if self.deep else c.nonzero, c.values(whose, number, rho)) for c in load.cells]
 
+    def contrast(self, cell):  # the gain of a pruned network minus that of a dense one with as many weights left
+        dense = self.find(pruner=None) if self.settings["pruner"] else None
+        alike = [d for d in dense.cells if 0.95 < cell.nonzero / d.params < 1.05] if dense else []
+        others = alike[0].values("gain") if alike else {}
+        return {seed: gain - others[seed] for seed, gain in cell.values("gain").items() if seed in others}
+
     def trends(self, stop="last"):
         """Slopes by seed, per tenfold parameters, and widest minus narrowest; {} where there is no trend."""
         series = () if self.deep or self.settings["pruner"] else ("gain", "SGD", "SAM", "one rho")
@@ -229,17 +225,22 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         return text + " unresolved" * bool(abs(mean) <= half) if values else ""
 
 
+def read(path):
+    try:
+        return Run(path)
+    except Exception as error:  # a foreign file may be anything
+        return f"not a result file ({type(error).__name__}: {error})"
+
+
 def workloads(folder):
     """The workloads of the result files below the folder, and {path: why} of those that are in none."""
     found, group, cells, loads, left = defaultdict(list), defaultdict(dict), defaultdict(list), {}, {}
-    for path in sorted(Path(folder).glob("*/*.json")):
-        try:
-            run = Run(path)
-            found[run.key].append(run)
-        except Exception as error:  # a foreign file may be anything
-            left[path] = f"not a result file ({type(error).__name__}: {error})"
+    paths = sorted(Path(folder).glob("*/*.json"))
+    with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:  # most of the time goes into reading
+        for path, run in zip(paths, pool.map(read, paths, chunksize=50)):
+            found[run.key].append(run) if isinstance(run, Run) else left.update({path: run})
     for (settings, cell, rho, seed), twins in found.items():
-        if len({run.outcome for run in twins}) > 1:
+        if len({(run.status, *run.history.get("test_loss", ())) for run in twins}) > 1:
             left |= {run.path: "another result of the same run differs" for run in twins}
         else:
             group[settings, cell].setdefault(rho, {})[seed] = max(twins, key=lambda run: "trace" in run.numbers)
@@ -251,9 +252,8 @@ def workloads(folder):
         if sgd and sam and (made := Cell(sgd, sam, twice)).radii:
             cells[settings].append(made)
     loads |= {key: Workload(json.loads(key), made, loads) for key, made in cells.items()}
-    for load in [load for load in loads.values() if load.deep and load.find(shape=[0])]:  # one layer is a depth, too
-        one = load.find(shape=[0])
-        load.cells = [c for c in one.cells if load.shape == f"layers of {c.width}"] + load.cells
+    for load, one in [(load, load.find(shape=[0])) for load in loads.values() if load.deep and load.find(shape=[0])]:
+        load.cells = [c for c in one.cells if load.shape == f"layers of {c.width}"] + load.cells  # a depth, too
         loads = {key: other for key, other in loads.items() if other is not one or one.cells != load.cells[:1]}
     parts = [runs for made in cells.values() for c in made for runs in (c.sgd, c.twice, *c.sam.values())]
     used = {run.key for runs in parts for run in runs.values()}
@@ -262,12 +262,10 @@ def workloads(folder):
         left.setdefault(run.path, "diverged" if run.status == "diverged" else f"{why} beside it")
     keys = {key for load in loads.values() for key in load.settings}
     for key in sorted(keys, key=lambda key: (key != "dataset", key in KNOWN, key)):
-        alike = defaultdict(set)
-        for load in loads.values():
-            alike[load.title].add(str(load.settings.get(key)))
+        titles = [title for title, _ in {(load.title, str(load.settings.get(key))) for load in loads.values()}]
         for load in loads.values():  # as few settings as tell the titles apart
             value = load.settings.get(key)
-            if len(alike[load.title]) > 1 and key in load.settings and value != (DEFAULTS | MNIST).get(key, ""):
+            if titles.count(load.title) > 1 and key in load.settings and value != (DEFAULTS | MNIST).get(key, ""):
                 load.title += f", {key.replace('_', ' ')} {f'{value:g}' if type(value) is float else value}"
     return sorted(loads.values(), key=lambda load: (load.role() != "clean", load.title)), left
 
@@ -304,7 +302,7 @@ def by_rho(ax, load, number, shade):
     """A line a cell: means over the seeds that its radii share, evenly spaced from SGD (0) on; returns {rho: x}."""
     at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.tried}), start=1)}
     for c in load.cells:
-        runs, best = {0: c.sgd} | {at[rho]: c.sam[rho] for rho in c.radii}, at[choose([c])[0]]
+        runs, best = {0: c.sgd} | {at[rho]: c.sam[rho] for rho in c.radii}, at[c.best["last"]]
         y = {x: np.mean([runs[x][seed].numbers.get(number, math.nan) for seed in c.shared]) for x in runs}
         ax.plot([*y], [*y.values()], ".-", linewidth=1, **shade(c))
         ax.plot(best, y[best], "o", markerfacecolor="none", color=SAM, markersize=8)
@@ -329,7 +327,7 @@ def sheet(loads, *rows):
         axes = [fig.add_axes((0, 0, 1, 1), label=f"{i} {row}") for row in range(len(rows))]
         gain = load.trends().get("gain") if rows[0][0] == "{0}" else None
         title = textwrap.fill(load.title, int(13 * wide)) + (f"\nn={len(gain)}: {load.say(gain)}" if gain else "")
-        axes[0].set_title(title, fontsize=7.5 if across == 3 else 9)
+        axes[0].set_title(title, fontsize=8 if across == 3 else 9)
         for row, ax in enumerate(axes):
             name, *whats = (text.format(*WORDS[load.metric]) for text in rows[row])
             fig.places[ax] = 0.7 + i % across * (wide + 0.75), i // across * block + 0.55 + 1.65 * row, wide, 1.15
@@ -361,21 +359,19 @@ def finish(fig, caption, path):
             reach, bars = max(y.max() - y.min(), abs(y.max()) / 100) or 1, np.concatenate([y, *bars])
             low, high = max(np.nanmin(bars), y.min() - reach), min(np.nanmax(bars), y.max() + reach)
             ax.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
-    how = " Means with Student's 95% intervals over seeds, on these test data, pointwise; grey: each seed. "
+    tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
+    how = f" Means with Student's 95% intervals over seeds, on these {tests}test data, pointwise; grey: each seed. "
     how += "rho is chosen on held-out data, on test data where none are held out."
     width, height = fig.get_size_inches()
     text = textwrap.fill(" ".join((caption + how).split()), int(17 * width))
     keys = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     across = max(1, int(13 * width / (max(map(len, keys), default=0) + 6)))
     below, legend = 0.14 * text.count("\n") + 0.3, 0.19 * math.ceil(len(keys) / across)
-    total = height + below + legend
-    fig.set_size_inches(width, total)
+    fig.set_size_inches(width, total := height + below + legend)
     for ax, (x, y, w, h) in fig.places.items():
         ax.set_position((x / width, 1 - (y + h) / total, w / width, h / total))
     fig.text(0.05 / width, 0.05 / total, text, fontsize=7.5, va="bottom", linespacing=1.15)
-    fig.legend(
-        keys.values(), keys, ncols=across, frameon=False, loc="lower center", bbox_to_anchor=(0.5, below / total)
-    )
+    fig.legend(keys.values(), keys, ncols=across, loc="lower center", bbox_to_anchor=(0.5, below / total))
     fig.savefig(path, dpi=150)
 
 
@@ -409,8 +405,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
                 best, alike = choose([c])
                 bottom.plot([c.params] * 2, [at[alike[0]], at[alike[-1]]], color=GREY)
                 bottom.plot(c.params, at[best], "o", color=SAM)
-            for edge in (1, len(at)):
-                bottom.axhline(edge, color=GREY, linestyle="--", linewidth=0.7)
+            bottom.hlines([1, len(at)], *bottom.get_xlim(), GREY, "--", linewidth=0.7)
             bottom.set_yticks([*at.values()], [f"{rho:g}" for rho in at], fontsize=9 if len(at) < 9 else 5)
         return fig
 
@@ -430,10 +425,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         their gain minus that of dense networks of as many (within 5%), by parameters before pruning."""
         fig = sheet(self.of("sparse"), ("{0}", "dense, gain"), ("{1}", "dense SGD, dense SAM, SGD, SAM"), ("{0}",))
         for (*_, bottom), load in fig.columns:
-            dense = load.find(pruner=None).cells if load.find(pruner=None) else []
-            alike = [(c, d) for c in load.cells for d in dense if 0.95 < c.nonzero / d.params < 1.05]
-            contrast = [(c.params, subtract(c.values("gain"), d.values("gain"))) for c, d in alike]
-            draw(bottom, contrast, "pruned - dense", "D-", "black")
+            draw(bottom, [(c.params, load.contrast(c)) for c in load.cells], "pruned - dense", "D-", "black")
             ticks(bottom, {c.params: short(c.params) for c in load.cells}, xlabel="parameters before pruning")
         return fig
 
@@ -442,19 +434,18 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return sheet([load for load in self.of("clean", "noisy") if load.points("no decay")], ("{0}", "gain, no decay"))
 
     def interpolation(self):
-        """Does width help, or fitting the labels? SAM's gain against SGD's final accuracy on the labels trained on, a
-        mark for each seed and width."""
+        """SAM's gain against SGD's final accuracy on the labels trained on: a mark for each seed and width."""
         loads = sorted(self.of("clean", "noisy"), key=lambda load: load.cells[-1].params)
         fig = sheet([*{load.base: load for load in loads if load.metric == "acc"}.values()], ("{0}",))
         for (ax,), base in fig.columns:
             for load in [load for load in loads if load.base == base.base]:
                 mark = "os^Dvp*"[int(8 * load.noise) % 7]
                 for c in load.cells:
-                    sgd, gain = c.values("SGD", "train_acc"), c.values("gain")
-                    ax.plot([sgd[s] for s in gain], [*gain.values()], mark, markersize=4, **fig.shade(c))
+                    points = [(c.values("SGD", "train_acc")[seed], gain) for seed, gain in c.values("gain").items()]
+                    ax.plot(*zip(*points), mark, markersize=4, **fig.shade(c))
                 ax.plot([], [], mark, color=GREY, label=f"{100 * load.noise:.4g}% flipped")
             ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's training accuracy (%)")
-            ax.set_title(base.title.replace(f", {100 * base.noise:.4g}% flipped", ""))
+            ax.title.set_text(base.title.replace(f", {100 * base.noise:.4g}% flipped", ""))
         return fig
 
     def curves(self):
@@ -480,24 +471,28 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
 
     def functions(self):
         """One hidden layer on 12 points (black) in one dimension: the functions of SGD (blue) and SAM (orange), a line
-        a seed, at four widths; by width, the total variation of the slope, sum of |f''|; training loss."""
-        rows = *[("f",)] * 4, ("sum of |f''|", "SGD, SAM", "bend of y"), ("training loss", "SGD, SAM", "train_loss")
-        fig = sheet([load for load in self.of("curve") if load.cells[0].run.function], *rows)
-        for (*axes, bend, _), load in fig.columns:
+        a seed, at up to four widths, as far as |f| < 5; the total variation of the slope, sum of |f''|; the losses."""
+        rows = *[("",)] * 4, ("sum of |f''|", "SGD, SAM", "bend of y"), ("training loss", "SGD, SAM", "train_loss")
+        fig = sheet([load for load in self.of("curve") if load.cells[0].run.function][:2], *rows)
+        for i, ((*axes, bend, loss), load) in enumerate(fig.columns):
             shown = sorted({*np.linspace(0, len(load.cells) - 1, 4).round().astype(int)})
-            for ax, c in zip(axes, [load.cells[i] for i in shown] + [None] * 3):
-                for run, color in [(r, color) for pair in c.pairs() for r, color in zip(pair, (SGD, SAM))] if c else ():
-                    ax.plot(run.function["x"], run.function["y"], color=color, linewidth=0.7)
+            for j, (ax, c) in enumerate(zip(axes, [load.cells[i] for i in shown] + [None] * 3)):
+                for run in sum(c.pairs(), ()) if c else ():
+                    y = np.where(abs(run.function["y"]) < 5, run.function["y"], math.nan)
+                    ax.plot(run.function["x"], y, color=SGD if run.rho is None else SAM, linewidth=0.7)
                 ax.plot(*CURVE, ".", color="black", markersize=4)
                 ax.set(xscale="linear", xlabel=f"x; width {c.width}" if c else "", visible=bool(c))
+                fig.places[ax] = 0.45 + 1.6 * j, 4.1 * i + 0.4, 1.2, 1.35
             draw(bend, load.points("SGD", "bend of y_initial"), "at initialization", "^:", "black")
+            fig.places |= {bend: (0.7, 4.1 * i + 2.35, 2.4, 1.15), loss: (4, 4.1 * i + 2.35, 2.4, 1.15)}
+        fig.set_size_inches(6.7, 4.1 * len(fig.columns) or 1)
         return fig
 
     def convergence(self):
         """Training loss at a constant rate, a line a width (mean over seeds): SAM, SGD. Below, the slope of ln(loss)
         per epoch, and its R^2, over the epochs before the loss is 1e-7 of the first, where float32 ends."""
-        rows = ("loss of SAM",), ("loss of SGD",), ("slope", "SGD, SAM", "rate")
-        fig = sheet(self.of("constant"), *rows, ("R^2", "SGD, SAM", "R^2"))
+        rows = ("loss of SAM",), ("loss of SGD",), *[(name, "SGD, SAM", name) for name in ("rate", "R^2")]
+        fig = sheet(self.of("constant"), *rows)
         for axes, load in fig.columns:
             for c in load.cells:
                 by_epoch(axes[0], c, 1, "train_loss", **fig.shade(c))
@@ -549,22 +544,27 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             best, alike = choose([c])
             edge = ", the grid's edge" * (len(c.tried) > 1 and best in (c.tried[0], c.tried[-1]))
             row = {"width": c.width, "parameters": f"{c.params:,}", "non-zero": f"{c.nonzero:,}"}
-            row |= {
-                "seeds": len(c.pairs()),
-                "rho": f"{best:g}{edge}",
-                "within an error": f"{alike[0]:g} to {alike[-1]:g}",
-            }
-            means = {"SGD": c.values("SGD"), "SAM": c.values("SAM"), "train": c.values("SGD", f"train_{load.metric}")}
-            row |= {name: f"{interval(values)[0]:.4g}" for name, values in means.items()}
+            row |= {"seeds": len(c.pairs()), "rho": f"{best:g}{edge}", "as good": f"{alike[0]:g} to {alike[-1]:g}"}
+            numbers = "last", f"train_{load.metric}", "lambda_max", "s2", "trace", "rate", "R^2", "bend of y", "share"
+            for number, who in [(number, who) for number in numbers for who in ("SGD", "SAM")]:
+                values = c.values(who, number)
+                row[f"{who} {number}"] = f"{interval(values)[0]:.4g}" if values else ""
             gains = {"gain": c.values("gain"), f"gain at rho {one:g}": c.values("gain", rho=one)}
             others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
             gains["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
             gains |= {f"gain, {STOPS[stop]}": c.values("gain", stop) for stop in ("held-out", "paper")}
-            gains["SAM - SGD of twice the epochs"] = subtract(c.values("SAM"), c.values("twice"))
+            sam, twice = c.values("SAM"), c.values("twice")
+            gains["SAM - SGD of twice the epochs"] = {s: sam[s] - twice[s] for s in sam if s in twice}
+            gains["gain - that of dense networks of as many"] = load.contrast(c)
             rows.append(row | {name: load.say(values) for name, values in gains.items()})
-        on = "held-out" if "held-out" in load.stops else "test"
-        text += f"\n## {load.title}\n\nrho is chosen on {on} data.\n\n{table(rows)}"
-    return f"# Trends\n\nSlopes per tenfold parameters, over the widths that all seeds have.\n\n{table(trends)}{text}"
+        text += f"\n## {load.title}\n\nrho is chosen on {load.chosen_on} data.\n\n{table(rows)}"
+    return f"""# Trends
+
+Slopes per tenfold parameters, over the widths that all seeds have; ±: a 95% interval over seeds on these test data,
+which includes zero where it says unresolved. Below, `as good`: the radii within a paired error of the best; `last`: on
+test data; `rate`, `R^2`: of ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: of the last layer in |g|^2.
+
+{table(trends)}{text}"""
 
 
 def main():
@@ -573,7 +573,7 @@ def main():
     parser.add_argument("--figures", type=Path, default="figures", help="where the figures go (default: figures)")
     parser.allow_abbrev, parser.error = False, lambda message: parser.exit(2, f"plot.py: {message}\n")
     args = parser.parse_args()
-    matplotlib.rcParams |= {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.alpha": 0.25}
+    matplotlib.rcParams |= {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
     try:
         args.figures.mkdir(parents=True, exist_ok=True)
         loads, left = workloads(args.results)

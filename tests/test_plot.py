@@ -135,7 +135,7 @@ def test_the_rule_that_picks_the_epoch_picks_rho(tmp_path):
 def test_rho_is_chosen_on_held_out_images_where_there_are_some(tmp_path, vals, best):
     runs = [run(val=vals[0]), run(0.1, acc=0.95, val=vals[0]), run(0.2, acc=0.92, val=vals[1])]
     load = one(tmp_path, runs)
-    assert plot.choose(load.cells)[0] == best and ("held-out" in load.stops) == (vals[0] is not None)
+    assert (plot.choose(load.cells)[0], load.chosen_on) == (best, "held-out" if vals[0] else "test")
 
 
 def test_radii_are_compared_on_the_seeds_that_all_share(tmp_path):
@@ -359,6 +359,16 @@ def test_sparse_networks_are_matched_by_their_non_zero_parameters(tmp_path):
     fig = plot.Figures(loads).sparsity()
     (bottom,) = [axes[2] for axes, _ in fig.columns]
     assert [list(line.get_ydata()) for line in bottom.lines if line.get_marker() == "D"] == [pytest.approx([2])]
+
+
+    assert "| +2.00 (one seed) |" in plot.summary(loads)  # in points, in the table of the sparse networks too
+
+
+def test_a_caption_gives_the_number_of_test_data(tmp_path):
+    load = one(tmp_path, [result | {"num_test": 2500} for result in pair()])
+    fig = plot.Figures([load]).gain_by_width()
+    plot.finish(fig, "Caption.", tmp_path / "figure.png")
+    assert "on these 2,500 test data" in fig.texts[0].get_text().replace("\n", " ")
 
 
 def test_pruner_and_sparsity_zero_are_dense(tmp_path):

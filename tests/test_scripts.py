@@ -57,6 +57,7 @@ KEYS = {
     "env",
     "num_params",
     "num_nonzero",
+    "num_test",
     "history",
     "test_acc",
     "best_test_acc",
@@ -90,6 +91,7 @@ def test_result_files_have_what_the_contract_says(folder, script):
         for key in ("test_acc", "test_loss", "train_loss"):
             assert result[key] == history[-1][key]
         assert result["best_test_acc"] == max(row["test_acc"] for row in history)
+        assert result["num_test"] == 60  # of small_mnist
         removed = result["num_params"] - result["num_nonzero"]
         assert removed == round(config.get("sparsity", 0) * (784 * 30 + 30 * 20 + 20 * 10))
         assert result["env"].keys() == {"python", "torch", "torchvision", "device", "threads", "commit", "seconds"}
