@@ -39,22 +39,12 @@ from common import (
     measure_sharpness,
 )
 
-SETTINGS = {  # by data set, any other has MNIST's; the paper's, but for the teacher's lr, schedule and momentum: ours
-    "mnist": {
-        "dataset": "mnist",
-        **{"epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "loss": "ce"},
-        **{"schedule": "step", "milestones": (0.25, 0.5, 0.75)},
-    },
-    "teacher": {
-        **{"epochs": 100, "batch_size": 128, "lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, "loss": "mse"},
-        **{"schedule": "step", "milestones": (0.5, 0.75)},
-    },
-    "curve": {
-        **{"epochs": 60, "batch_size": 6, "lr": 1.5e-4, "momentum": 0.0, "weight_decay": 0.0, "loss": "mse"},
-        **{"schedule": "constant", "milestones": ()},
-    },
-}
-SETTINGS["curve-scaled"] = SETTINGS["curve"]
+MNIST = {"dataset": "mnist", "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+MNIST |= {"loss": "ce", "schedule": "step", "milestones": (0.25, 0.5, 0.75)}
+TEACHER = MNIST | {"lr": 0.01, "momentum": 0.0, "weight_decay": 0.0, "loss": "mse", "milestones": (0.5, 0.75)}
+CURVE = TEACHER | {"epochs": 60, "batch_size": 6, "lr": 1.5e-4, "schedule": "constant", "milestones": ()}
+# by data set, any other has MNIST's; the paper's, but for the teacher's lr, schedule and momentum, which are ours
+SETTINGS = {"mnist": MNIST, "teacher": TEACHER, "curve": CURVE, "curve-scaled": CURVE}
 GRID = torch.linspace(-1.5, 1.6, 311).view(-1, 1)  # where a curve's function is recorded
 
 
@@ -115,10 +105,11 @@ def train(config):
 
     for epoch in recorder.epochs():
         model.train()
-        scores, share = Scores(loss_fn), 0
+        scores, share = Scores(loss_fn), 0  # share: of the last layer in |g|^2
         for step, (x, y) in enumerate(batches(data, config, epoch), start=(epoch - 1) * steps_per_epoch):
+            lr = learning_rate(config, step, steps_per_epoch)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, steps_per_epoch)
+                group["lr"] = lr
             optimizer.zero_grad()
             outputs = model(x)
             loss_fn(outputs, y).backward()
@@ -137,7 +128,7 @@ def train(config):
             scores.add(outputs, y)
         if config.processes > 1:
             broadcast_buffers(model)
-        row = {"epoch": epoch, "lr": group["lr"], **scores.means("train_loss", "train_acc")}
+        row = {"epoch": epoch, "lr": lr, **scores.means("train_loss", "train_acc")}
         row |= evaluate(model, loss_fn, data.test, "test") | evaluate(model, loss_fn, data.val, "val")
         if sam:
             row["last_layer_share"] = average(share / steps_per_epoch)

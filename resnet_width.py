@@ -47,15 +47,11 @@ from common import (
     split_sizes,
 )
 
-SETTINGS = {  # the paper's, by depth
-    18: {
-        "dataset": "cifar10",
-        **{"epochs": 200, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "loss": "ce"},
-        **{"schedule": "step", "milestones": (0.5, 0.75), "warmup": 0},
-    },
-}
-SETTINGS[50] = SETTINGS[18] | {"epochs": 90, "batch_size": 512, "weight_decay": 1e-4}
-SETTINGS[50] |= {"schedule": "cosine", "milestones": (), "warmup": 5000}
+CIFAR10 = {"dataset": "cifar10", "epochs": 200, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+CIFAR10 |= {"loss": "ce", "schedule": "step", "milestones": (0.5, 0.75), "warmup": 0}
+IMAGENET = CIFAR10 | {"epochs": 90, "batch_size": 512, "weight_decay": 1e-4}
+IMAGENET |= {"schedule": "cosine", "milestones": (), "warmup": 5000}
+SETTINGS = {18: CIFAR10, 50: IMAGENET}  # the paper's, by depth
 
 
 def convolution(inputs, outputs, size, stride=1):
@@ -158,10 +154,11 @@ def train(config):
 
     for epoch in recorder.epochs():
         model.train()
-        scores, share = Scores(loss_fn), 0
+        scores, share = Scores(loss_fn), 0  # share: of the last layer in |g|^2
         for step, (x, y) in enumerate(batches(data, config, epoch), start=(epoch - 1) * steps_per_epoch):
+            lr = learning_rate(config, step, steps_per_epoch)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, steps_per_epoch)
+                group["lr"] = lr
             optimizer.zero_grad()
             outputs = model(x)
             loss_fn(outputs, y).backward()
@@ -180,16 +177,14 @@ def train(config):
             scores.add(outputs, y)
         if config.processes > 1:
             broadcast_buffers(model)
-        row = {"epoch": epoch, "lr": group["lr"], **scores.means("train_loss", "train_acc")}
+        row = {"epoch": epoch, "lr": lr, **scores.means("train_loss", "train_acc")}
         row |= evaluate(model, loss_fn, data.test, "test", at_once) | evaluate(model, loss_fn, data.val, "val", at_once)
         if sam:
             row["last_layer_share"] = average(share / steps_per_epoch)
         recorder.end_epoch(row)
 
-    recorder.finish(
-        num_test=len(data.test.targets),
-        sharpness=measure_sharpness(config, model, loss_fn, data.train, data.train.targets),
-    )
+    curvature = measure_sharpness(config, model, loss_fn, data.train, data.train.targets)
+    recorder.finish(num_test=len(data.test.targets), sharpness=curvature)
 
 
 if __name__ == "__main__":

@@ -37,18 +37,10 @@ from common import (
     measure_sharpness,
 )
 
-SETTINGS = {  # the paper's, by the flag that picks the model
-    "hidden": {
-        "dataset": "mnist",
-        **{"epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "loss": "ce"},
-        **{"schedule": "step", "milestones": (0.25, 0.5, 0.75)},
-    },
-    "filters": {
-        "dataset": "cifar10",
-        **{"epochs": 200, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "loss": "ce"},
-        **{"schedule": "step", "milestones": (0.5, 0.75)},
-    },
-}
+MNIST = {"dataset": "mnist", "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+MNIST |= {"loss": "ce", "schedule": "step", "milestones": (0.25, 0.5, 0.75)}
+CIFAR10 = MNIST | {"dataset": "cifar10", "epochs": 200, "weight_decay": 5e-4, "milestones": (0.5, 0.75)}
+SETTINGS = {"hidden": MNIST, "filters": CIFAR10}  # the paper's, by the flag that picks the model
 
 
 def keep_highest(scores, count):
@@ -109,10 +101,11 @@ def train(config):
 
     for epoch in recorder.epochs():
         model.train()
-        scores, share = Scores(loss_fn), 0
+        scores, share = Scores(loss_fn), 0  # share: of the last layer in |g|^2
         for step, (x, y) in enumerate(batches(data, config, epoch), start=(epoch - 1) * steps_per_epoch):
+            lr = learning_rate(config, step, steps_per_epoch)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, steps_per_epoch)
+                group["lr"] = lr
             optimizer.zero_grad()
             outputs = model(x)
             loss_fn(outputs, y).backward()
@@ -131,7 +124,7 @@ def train(config):
             scores.add(outputs, y)
         if config.processes > 1:
             broadcast_buffers(model)
-        row = {"epoch": epoch, "lr": group["lr"], **scores.means("train_loss", "train_acc")}
+        row = {"epoch": epoch, "lr": lr, **scores.means("train_loss", "train_acc")}
         row |= evaluate(model, loss_fn, data.test, "test") | evaluate(model, loss_fn, data.val, "val")
         if sam:
             row["last_layer_share"] = average(share / steps_per_epoch)

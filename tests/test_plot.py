@@ -360,7 +360,6 @@ def test_sparse_networks_are_matched_by_their_non_zero_parameters(tmp_path):
     (bottom,) = [axes[2] for axes, _ in fig.columns]
     assert [list(line.get_ydata()) for line in bottom.lines if line.get_marker() == "D"] == [pytest.approx([2])]
 
-
     assert "| +2.00 (one seed) |" in plot.summary(loads)  # in points, in the table of the sparse networks too
 
 
