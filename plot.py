@@ -291,7 +291,7 @@ def ticks(ax, names, log=True, **more):
     """Ticks {x: name} at what was used, named as far as there is room."""
     place, named = math.log if log else float, []
     for x in sorted(names, key=lambda x: x not in (min(names), max(names))):
-        if all(abs(place(x) - place(other)) > 0.17 * (place(max(names)) - place(min(names))) for other in named):
+        if all(abs(place(x) - place(other)) > 0.25 * (place(max(names)) - place(min(names))) for other in named):
             named.append(x)
     ax.set(xscale="log" if log else "linear", **more)
     ax.set_xticks(named, [names[x] for x in named])
@@ -322,29 +322,28 @@ def sheet(loads, *rows):
     """A column a workload, three side by side; a row: its name, what of LOOK, which number (or the figure draws)."""
     fig, shown = Figure(), loads[:9]
     fig.columns, fig.left_out, fig.places, block = [], loads[9:], {}, 0.65 + 1.65 * len(rows)  # inches
-    across, wide = {1: (1, 3), 2: (2, 2.1), 4: (2, 2.1)}.get(len(shown), (3, 1.65))
+    across, wide = {1: (1, 2.7), 2: (2, 1.75), 4: (2, 1.75)}.get(len(shown), (3, 1.15))
     for i, load in enumerate(shown):
         axes = [fig.add_axes((0, 0, 1, 1), label=f"{i} {row}") for row in range(len(rows))]
         gain = load.trends().get("gain") if rows[0][0] == "{0}" else None
-        title = textwrap.fill(load.title, int(13 * wide)) + (f"\nn={len(gain)}: {load.say(gain)}" if gain else "")
-        axes[0].set_title(title, fontsize=8 if across == 3 else 9)
+        title = textwrap.fill(load.title, int(15 * wide + 8)) + (f"\nn={len(gain)}: {load.say(gain)}" if gain else "")
+        axes[0].set_title(title, fontsize=7 if across == 3 else 8)
         for row, ax in enumerate(axes):
             name, *whats = (text.format(*WORDS[load.metric]) for text in rows[row])
-            fig.places[ax] = 0.7 + i % across * (wide + 0.75), i // across * block + 0.55 + 1.65 * row, wide, 1.15
+            fig.places[ax] = 0.75 + i % across * (wide + 0.72), i // across * block + 0.55 + 1.65 * row, wide, 1.15
             for what in whats[0].split(", ") if whats else ():
                 draw(ax, load.points(what, *whats[1:]), *LOOK[what])
             ax.set_yscale("log" if whats[1:] in (["train_loss"], ["bend of y"]) else "linear")
             if rows[row][0] == "{0}":
                 ax.axhline(0, color="black", linewidth=0.7, zorder=0)
-            names = [x for what in ("SGD", "dense") for x, _ in load.points(what)]
-            ticks(ax, {x: x if load.deep else short(x) for x in names}, not load.deep)
-            ax.set(xlabel=load.xlabel, ylabel=name)
+            at = {x: x if load.deep else short(x) for what in ("SGD", "dense") for x, _ in load.points(what)}
+            ticks(ax, at, not load.deep, xlabel=load.xlabel, ylabel=name)
         fig.columns.append((axes, load))
     sizes = sorted({c.params for load in shown for c in load.cells}) or [1]
     named = {sizes[round(i)]: f"{short(sizes[round(i)])} parameters" for i in np.linspace(0, len(sizes) - 1, 6)}
     norm = matplotlib.colors.LogNorm(sizes[0], 1.001 * sizes[-1], clip=True)  # up to 0.8 of viridis: no yellow on white
     fig.shade = lambda c: {"color": matplotlib.colormaps["viridis"](0.8 * norm(c.params)), "label": named.get(c.params)}
-    fig.set_size_inches(0.1 + across * (wide + 0.75), (math.ceil(len(shown) / across) or 1) * block - 0.1)
+    fig.set_size_inches(0.3 + across * (wide + 0.72), (math.ceil(len(shown) / across) or 1) * block - 0.1)
     return fig
 
 
@@ -444,7 +443,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
                     points = [(c.values("SGD", "train_acc")[seed], gain) for seed, gain in c.values("gain").items()]
                     ax.plot(*zip(*points), mark, markersize=4, **fig.shade(c))
                 ax.plot([], [], mark, color=GREY, label=f"{100 * load.noise:.4g}% flipped")
-            ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's training accuracy (%)")
+            ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's accuracy (%)")
             ax.title.set_text(base.title.replace(f", {100 * base.noise:.4g}% flipped", ""))
         return fig
 
@@ -574,6 +573,7 @@ def main():
     parser.allow_abbrev, parser.error = False, lambda message: parser.exit(2, f"plot.py: {message}\n")
     args = parser.parse_args()
     matplotlib.rcParams |= {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
+    matplotlib.rcParams["axes.formatter.limits"] = -2, 4
     try:
         args.figures.mkdir(parents=True, exist_ok=True)
         loads, left = workloads(args.results)
