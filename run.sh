@@ -128,14 +128,14 @@ quick() {
     sam 0.2 $noisy --perturb last $two
     sam 0.2 $noisy --perturb rest $two
     both "$quick_resnet_rhos" $quick_resnets $two
-    both "0.1 0.5" mlp_width.py --dataset teacher --hidden 100 400 1000 --val-size 2000 --epochs 20 --seed 0 1
+    both 0.1 mlp_width.py --dataset teacher --hidden 100 400 1000 --val-size 2000 --epochs 20 --seed 0 1
     both 0.2 mlp_width.py --dataset curve --hidden 10 100 1000 --epochs 5 --seed 0 1
     both 0.2 mlp_width.py --dataset curve-scaled --hidden 10 1000 --epochs 5 --seed 0 1
     both "0.1 0.2" $clean --epochs 15 $two
     both 0.1 $clean --epochs 15 --weight-decay 0 $two
     sgd $clean --epochs 30 $two
     both 0.1 mlp_width.py --hidden 100 100-100 100-100-100 100-100-100-100 --epochs 15 $two
-    equal "random snip" "300-100:0.7723 1200-400:0.9583" 0.1 --hidden "--epochs 15 $two"
+    equal snip "300-100:0.7723 1200-400:0.9583" 0.1 --hidden "--epochs 15 $two"
     both "0.1 0.2" mlp_width.py --hidden 75-25 300-100 --train-size 500 --epochs 100 --loss mse \
         --schedule constant --lr 0.05 --momentum 0 --weight-decay 0 --sharpness 50 $two
     both 0.05 mlp_width.py --hidden 30-10 300-100 --schedule constant --epochs 20 $two

@@ -225,7 +225,7 @@ def test_quick_is_every_experiment_on_the_shipped_images():
     found = runs(listed("quick"))
     text = "\n".join(" ".join(one) for one in found)
     parts = """noise=0.5 noise=0.75 perturb=last perturb=rest filters= dataset=teacher dataset=curve- dataset=curve
-        weight-decay=0 epochs=30 hidden=100-100-100-100 pruner=random pruner=snip loss=mse
+        weight-decay=0 epochs=30 hidden=100-100-100-100 pruner=snip loss=mse
         sharpness= schedule=constant"""
     for part in parts.split():
         assert part in text, part
