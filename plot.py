@@ -50,8 +50,8 @@ PAPER = {  # settings; parameters and gains, in points (teacher: test loss), rea
 }  # fmt: skip
 CURVE = np.arange(-5.5, 6) / 4 + 0.07, 0.345 + np.array([-2, 1.5, 0, 0, 2, 1, 0, -1, 0, 1, 2, -1])  # its 12 points
 NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "imagenet": "ImageNet"}
-WORDS = {"acc": ("gain (points)", "test accuracy (%)", "training accuracy (%)", "acc")}  # by metric
-WORDS |= {"loss": ("gain in test loss", "test loss", "training loss", "loss")}
+WORDS = {"acc": ("gain (points)", "test accuracy (%)", "training accuracy (%)", "acc", ("loss", "schedule"))}
+WORDS |= {"loss": ("gain in test loss", "test loss", "training loss", "loss", ())}  # last: what all titles name
 STOPS = {"last": "last epoch", "held-out": "best held-out epoch", "paper": "best test epoch (the paper's)"}
 KEYS = "lr train_loss train_acc test_loss test_acc val_loss val_acc train_clean_acc last_layer_share".split()
 DEFAULTS = dict.fromkeys(("hidden", "filters", "image_size", "train_size", "pruner"))  # of flags that a file may lack
@@ -264,8 +264,8 @@ def workloads(folder):
     for key in sorted(keys, key=lambda key: (key != "dataset", key in KNOWN, key)):
         titles = [title for title, _ in {(load.title, str(load.settings.get(key))) for load in loads.values()}]
         for load in loads.values():  # as few settings as tell the titles apart
-            value = load.settings.get(key)
-            if titles.count(load.title) > 1 and key in load.settings and value != (DEFAULTS | MNIST).get(key, ""):
+            value = load.settings.get(key, default := (DEFAULTS | MNIST).get(key, ""))
+            if value != default and (titles.count(load.title) > 1 or key in WORDS[load.metric][-1]):
                 load.title += f", {key.replace('_', ' ')} {f'{value:g}' if type(value) is float else value}"
     return sorted(loads.values(), key=lambda load: (load.role() != "clean", load.title)), left
 
