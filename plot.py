@@ -50,8 +50,8 @@ PAPER = {  # settings; parameters and gains, in points (teacher: test loss), rea
 }  # fmt: skip
 CURVE = np.arange(-5.5, 6) / 4 + 0.07, 0.345 + np.array([-2, 1.5, 0, 0, 2, 1, 0, -1, 0, 1, 2, -1])  # its 12 points
 NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "imagenet": "ImageNet"}
-WORDS = {"acc": ("gain (points)", "test accuracy (%)", "training accuracy (%)", "acc", ("loss", "schedule"))}
-WORDS |= {"loss": ("gain in test loss", "test loss", "training loss", "loss", ())}  # last: what all titles name
+WORDS = {"acc": ("gain (points)", "test accuracy (%)", "training accuracy (%)", "acc")}  # by metric
+WORDS |= {"loss": ("gain in test loss", "test loss", "training loss", "loss")}
 STOPS = {"last": "last epoch", "held-out": "best held-out epoch", "paper": "best test epoch (the paper's)"}
 KEYS = "lr train_loss train_acc test_loss test_acc val_loss val_acc train_clean_acc last_layer_share".split()
 DEFAULTS = dict.fromkeys(("hidden", "filters", "image_size", "train_size", "pruner"))  # of flags that a file may lack
@@ -61,27 +61,28 @@ DEFAULTS |= {"schedule": "step", "perturb": "all", "data_dir": "data"}
 KNOWN = {*DEFAULTS, *MNIST, "dataset", "milestones", "script", "shape"}  # others, at their default: as if not there
 VARIED = {"hidden", "filters", "sparsity", "sam", "rho", "seed", "device", "results", "force", "workers", "sharpness"}
 SCRIPTS = {"mlp_width", "resnet_width", "label_noise", "sparsity"}
-T95 = (math.nan, 12.706, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # Student's t, by seeds - 1
+T95 = math.nan, 12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216  # Student's, seeds - 1
+NAMED = {"loss", "schedule", "epochs", "train_size", "batch_size"}  # in titles, where not the default
 freeze = json.JSONEncoder(sort_keys=True, default=str).encode  # settings as a key
 
 
 def interval(values):
     """Mean of {seed: value} and half the width of its 95% interval by Student's t, which is nan for one seed."""
     n, values = len(values), np.array([*values.values()], float)
-    t = T95[n - 1] if n <= len(T95) else 1.95996 + 2.3723 / (n - 1) + 2.8225 / (n - 1) ** 2
+    t = T95[n - 1] if n <= len(T95) else 1.95996 + 2.3722 / (n - 1) + 2.823 / (n - 1) ** 2 + 2.556 / (n - 1) ** 3
     return values.mean(), t * math.sqrt(((values - values.mean()) ** 2).sum() / max(n - 1, 1) / n)
 
 
 def trend(points):
-    """Of points (x, {seed: value}), by seed: least-squares slope per tenfold x, and last minus first; over the x that
-    all seeds have, and where these are fewer than two, without the seeds that have the fewest."""
+    """Of points (x, {seed: value}), by seed: least-squares slope per tenfold x, and last minus first; over all x if
+    three seeds or more have them, else over those that all seeds have, or, below two, that all but the rarest have."""
     seeds = sorted({s for _, v in points for s in v}, key=lambda s: (-sum(s in v for _, v in points), str(s)))
-    while seeds:
-        whole = [(math.log10(x), [v[s] for s in seeds]) for x, v in points if v.keys() >= {*seeds}]
+    complete = sum(all(s in v for _, v in points) for s in seeds)
+    for n in [complete] * (complete > 2) + [*range(len(seeds), 0, -1)]:
+        whole = [(math.log10(x), [v[s] for s in seeds[:n]]) for x, v in points if v.keys() >= {*seeds[:n]}]
         if len({x for x, _ in whole}) > 1:
             x, values = map(np.array, zip(*whole))
             return dict(zip(seeds, np.polyfit(x, values, 1)[0])), dict(zip(seeds, values[-1] - values[0]))
-        seeds.pop()
     return {}, {}
 
 
@@ -101,12 +102,10 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         self.width = str(config["hidden"] or filters or short(self.params))
         # layers in proportion, such as 75-25 and 3000-1000, are one shape at two widths; equal layers are no width
         shape = [round(3 * math.log2(h / self.layers[0])) for h in self.layers]
-        usual = (0.5, 0.75) if filters or config["dataset"] == "teacher" else (0.25, 0.5, 0.75)
         silent = VARIED | {k for k, v in result.get("defaults", {}).items() if v == config.get(k) and k not in KNOWN}
         settings = {k: float(v) if type(v) is int else v for k, v in config.items() if k not in silent}
         settings["model"] = "MLP" if self.layers else f"ResNet-{config['depth']}" if filters else config["script"]
         settings["shape"] = f"layers of {self.layers[0]}" if len(shape) > 1 and not any(shape) else shape
-        settings["milestones"] = list(config.get("milestones") or usual) if config["schedule"] == "step" else None
         settings["script"] = None if config["script"] in SCRIPTS else config["script"]
         settings["pruner"] = config["pruner"] if sparsity else None
         # a script with neither --hidden nor --filters sets its width by a number of its own
@@ -171,7 +170,7 @@ def choose(cells, stop="last", without=None):
     best = max(scores, key=lambda rho: scores[rho].mean(), default=math.nan)
     lost = {rho: scores[best] - score for rho, score in scores.items()}
     error = {rho: d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else 0 for rho, d in lost.items()}
-    return best, [rho for rho in radii if lost[rho].mean() <= error[rho]]
+    return best, [rho for rho in radii if lost[rho].mean() <= error[rho] + 1e-9]
 
 
 class Workload:  # Cells that differ in width (sparsity, depth) alone; others: all workloads by frozen settings
@@ -185,7 +184,8 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         parts = [NAMES.get(name.lower(), name), settings["model"], settings["pruner"], "ASAM" * settings["adaptive"]]
         parts += [self.shape if self.deep else "", f"{100 * self.noise:.4g}% flipped" * (self.noise > 0)]
         self.title = ", ".join(filter(None, [*parts, LOOK.get(settings["perturb"], [""])[0]]))
-        paper, gains = PAPER.get(name.lower().replace("-jpeg", ""), ({"model": None}, ""))
+        paper, gains = PAPER.get(name.lower().replace("-jpeg", ""), (MNIST, ""))
+        self.usual = DEFAULTS | paper
         own = (paper | {"adaptive": False}).items() <= settings.items() and self.shape in ([], [0], [0, -5])
         self.paper = [(x, {0: y}) for x, y in np.array(gains.split(), float).reshape(-1, 2)] if own else []
 
@@ -264,8 +264,8 @@ def workloads(folder):
     for key in sorted(keys, key=lambda key: (key != "dataset", key in KNOWN, key)):
         titles = [title for title, _ in {(load.title, str(load.settings.get(key))) for load in loads.values()}]
         for load in loads.values():  # as few settings as tell the titles apart
-            value = load.settings.get(key, default := (DEFAULTS | MNIST).get(key, ""))
-            if value != default and (titles.count(load.title) > 1 or key in WORDS[load.metric][-1]):
+            value = load.settings.get(key, default := load.usual.get(key, ""))
+            if value != default and (titles.count(load.title) > 1 or key in NAMED and load.metric == "acc"):
                 load.title += f", {key.replace('_', ' ')} {f'{value:g}' if type(value) is float else value}"
     return sorted(loads.values(), key=lambda load: (load.role() != "clean", load.title)), left
 
@@ -359,8 +359,8 @@ def finish(fig, caption, path):
             low, high = max(np.nanmin(bars), y.min() - reach), min(np.nanmax(bars), y.max() + reach)
             ax.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
     tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
-    how = f" Means with Student's 95% intervals over seeds, on these {tests}test data, pointwise; grey: each seed. "
-    how += "rho is chosen on held-out data, on test data where none are held out."
+    how = f" Bars: 95% intervals (Student's t) over seeds, on these {tests}test data, pointwise, cut if long; "
+    how += "grey: a seed; n: seeds, the gain's slope per tenfold parameters. rho: best on held-out or else test data."
     width, height = fig.get_size_inches()
     text = textwrap.fill(" ".join((caption + how).split()), int(17 * width))
     keys = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
@@ -379,8 +379,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return [load for load in self if load.role() in roles]
 
     def gain_by_width(self):
-        """SAM's gain over SGD by width; above, its slope per tenfold parameters. The paper's gain, where all settings
-        are its own (synthetic: but for the rate), is at the best test epoch and the rho that is best on test data."""
+        """SAM's gain over SGD by width. The paper's gain, where the settings are its own (synthetic: but for rate and
+        schedule; held-out images aside), is at the best test epoch and the rho that is best on test data."""
         return sheet(self.of("clean"), ("{0}", "gain, one rho, paper"))
 
     def accuracy_by_width(self):
@@ -395,8 +395,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return fig
 
     def rho(self):
-        """Test metric by rho, on the seeds that all radii share, by width; ringed: the chosen rho; x: one diverged.
-        Below, the chosen rho, those within one paired standard error of it, and the grid's edges (dashed)."""
+        """Test metric by rho, means over the seeds that all radii share; ringed: the chosen rho; x: one diverged.
+        Below, the chosen rho, the range of those within a paired standard error, and the grid's edges (dashed)."""
         fig = sheet(self.of("clean", "noisy"), ("{1}",), ("best rho",))
         for (top, bottom), load in fig.columns:
             at = by_rho(top, load, "last", fig.shade)
@@ -433,7 +433,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return sheet([load for load in self.of("clean", "noisy") if load.points("no decay")], ("{0}", "gain, no decay"))
 
     def interpolation(self):
-        """SAM's gain against SGD's final accuracy on the labels trained on: a mark for each seed and width."""
+        """SAM's gain against SGD's accuracy on the labels trained on, in its last epoch: a mark a seed and width."""
         loads = sorted(self.of("clean", "noisy"), key=lambda load: load.cells[-1].params)
         fig = sheet([*{load.base: load for load in loads if load.metric == "acc"}.values()], ("{0}",))
         for (ax,), base in fig.columns:
@@ -449,11 +449,11 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
 
     def curves(self):
         """The narrowest network (dashed) and the widest over the epochs: paired gain, each seed in grey; test data from
-        the first drop of the rate on; training loss. Dotted: drops of the rate."""
+        the first drop of the rate on; training loss. Dotted: the epochs before which, or in which, the rate drops."""
         fig = sheet(self.of("clean", "noisy"), ("{0}",), ("{1}",), ("training loss",))
         for axes, load in fig.columns:
             rate, key = load.cells[0].run.history["lr"], f"test_{load.metric}"
-            drops = np.flatnonzero(rate[1:] < rate[:-1] / 2) + 1
+            drops = np.flatnonzero((rate[1:] < rate[:-1] / 2) & (load.settings["schedule"] == "step")) + 1
             for cell, style, name in ((load.cells[0], "--", "narrowest"), (load.cells[-1], "-", "widest")):
                 gains = np.array([a.sign * (b.history[key] - a.history[key]) for a, b in cell.pairs()]).T
                 axes[0].plot(np.arange(len(rate)) + 1, gains, style, color=GREY, linewidth=0.4)
@@ -470,9 +470,9 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
 
     def functions(self):
         """One hidden layer on 12 points (black) in one dimension: the functions of SGD (blue) and SAM (orange), a line
-        a seed, at up to four widths, as far as |f| < 5; the total variation of the slope, sum of |f''|; the losses."""
+        a seed, at up to four widths, as far as |f| < 5; total variation of the slope, sum of |f''|; training loss."""
         rows = *[("",)] * 4, ("sum of |f''|", "SGD, SAM", "bend of y"), ("training loss", "SGD, SAM", "train_loss")
-        fig = sheet([load for load in self.of("curve") if load.cells[0].run.function][:2], *rows)
+        fig = sheet([load for load in self.of("curve") if load.cells[0].run.function], *rows)
         for i, ((*axes, bend, loss), load) in enumerate(fig.columns):
             shown = sorted({*np.linspace(0, len(load.cells) - 1, 4).round().astype(int)})
             for j, (ax, c) in enumerate(zip(axes, [load.cells[i] for i in shown] + [None] * 3)):
@@ -499,8 +499,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return fig
 
     def sharpness(self):
-        """Largest eigenvalue of the Hessian, its non-uniformity s2, training loss; below, by rho. Dashed: bounds of the
-        paper (squared loss, constant rate), for un-normalized SAM at batch 1, so references only."""
+        """Largest eigenvalue of the Hessian on some training images, its non-uniformity s2, training loss; by rho.
+        Dashed: the paper's bounds (squared loss, constant rate; un-normalized SAM at batch 1, so references only)."""
         loads = [load for load in self if any(values for _, values in load.points("SAM", "lambda_max"))]
         fig = sheet(loads, *[(name, "SGD, SAM", name) for name in ("lambda_max", "s2", "train_loss")], ("lambda_max",))
         for (first, second, _, last), load in fig.columns:
@@ -559,9 +559,9 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
         text += f"\n## {load.title}\n\nrho is chosen on {load.chosen_on} data.\n\n{table(rows)}"
     return f"""# Trends
 
-Slopes per tenfold parameters, over the widths that all seeds have; ±: a 95% interval over seeds on these test data,
-which includes zero where it says unresolved. Below, `as good`: the radii within a paired error of the best; `last`: on
-test data; `rate`, `R^2`: of ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: of the last layer in |g|^2.
+Slopes per tenfold parameters, of SGD and SAM those of their test metric; ±: a 95% interval over seeds on these test
+data, unresolved if it includes zero. `as good`: the range of radii within a paired error of the best; `last`: on test
+data; `rate`, `R^2`: of ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: the last layer's of |g|^2.
 
 {table(trends)}{text}"""
 
@@ -574,11 +574,11 @@ def main():
     args = parser.parse_args()
     matplotlib.rcParams |= {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
     matplotlib.rcParams["axes.formatter.limits"] = -2, 4
+    loads, left = workloads(args.results)
+    if not loads:
+        parser.error(f"--results {args.results}: no run of SAM has one of SGD at the same seed; run a script first")
     try:
         args.figures.mkdir(parents=True, exist_ok=True)
-        loads, left = workloads(args.results)
-        if not loads:
-            parser.error(f"--results {args.results}: no run of SAM has one of SGD at the same seed; run a script first")
         lines = [f"{path}: left out, {why}" for path, why in left.items()]
         shy = [(a, c) for a in loads for c in a.cells if any(len(runs) > len(c.shared) for runs in c.sam.values())]
         lines += [f"{a.title}, width {c.width}: rho of {c.radii} chosen on shared seeds {c.shared}" for a, c in shy]

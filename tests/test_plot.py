@@ -186,7 +186,7 @@ def test_the_trend_table_has_both_stopping_rules_and_both_optimizers(tmp_path):
     expected = {"gain": 10 / decades, "SGD": -10 / decades, "SAM": 0, "one rho": 10 / decades, "widest - narrowest": 10}
     assert means == pytest.approx(expected, abs=1e-9)
     assert plot.interval(load.trends("held-out")["SGD"])[0] == pytest.approx(0)
-    assert "| MNIST, MLP | best held-out epoch | 3 | 2 of 2 | 0.1 | " in plot.summary([load])
+    assert "| MNIST, MLP, epochs 2 | best held-out epoch | 3 | 2 of 2 | 0.1 | " in plot.summary([load])
     assert "+10.00 ± 0.00 |" in plot.summary([load])
 
 
@@ -256,30 +256,44 @@ def test_where_a_run_happened_does_not_matter(tmp_path):
 
 def test_a_flag_that_an_older_file_lacks_is_at_its_default(tmp_path):
     old = run()
-    for key in ("loss", "schedule", "warmup", "perturb", "sharpness", "processes", "milestones"):
+    for key in ("loss", "schedule", "warmup", "perturb", "sharpness", "processes"):
         del old["config"][key]
     assert one(tmp_path, [old, run(0.1, acc=0.92)]).cells[0].values("gain") == pytest.approx({0: 2})
 
 
 def test_mlps_and_resnets_are_not_one_series(tmp_path):
     loads, _ = read(tmp_path, [*pair(), *pair(hidden=None, filters=16, script="resnet_width")])
-    assert sorted(load.title for load in loads) == ["MNIST, MLP", "MNIST, ResNet-18"]
+    assert sorted(load.title for load in loads) == ["MNIST, MLP, epochs 2", "MNIST, ResNet-18, epochs 2"]
 
 
 def test_two_folders_of_one_name_have_two_titles(tmp_path):
     loads, _ = read(tmp_path, [*pair(dataset="/a/birds"), *pair(dataset="/b/birds"), *pair(dataset="/x/cifar10-jpeg")])
     titles = [load.title for load in loads]
-    assert len(set(titles)) == 3 and "CIFAR-10 (JPEG copy), MLP" in titles and any("/a/birds" in t for t in titles)
+    assert (
+        len(set(titles)) == 3
+        and "CIFAR-10 (JPEG copy), MLP, epochs 2" in titles
+        and any("/a/birds" in t for t in titles)
+    )
+
+
+def test_a_title_names_what_is_not_the_papers(tmp_path):
+    load = one(tmp_path, pair(epochs=100, loss="mse", schedule="constant", train_size=1000))
+    assert load.title == "MNIST, MLP, loss mse, schedule constant, train size 1000"
+    (tmp_path / "b").mkdir()
+    teacher = [number_run(lr=0.01, momentum=0.0, weight_decay=0.0, epochs=100, rho=rho) for rho in (None, 0.1)]
+    assert one(tmp_path / "b", teacher).title == "teacher, MLP"
 
 
 def test_several_learning_rates_have_titles_of_their_own(tmp_path):
     loads, _ = read(tmp_path, [r for lr in (0.1, 0.05, 0.2) for r in pair(lr=lr)])
-    assert sorted(load.title for load in loads) == ["MNIST, MLP", "MNIST, MLP, lr 0.05", "MNIST, MLP, lr 0.2"]
+    assert sorted(load.title for load in loads) == ["MNIST, MLP, epochs 2" + lr for lr in ("", ", lr 0.05", ", lr 0.2")]
 
 
 def test_noise_rates_are_told_apart(tmp_path):
     loads, _ = read(tmp_path, [r for n in (0.004, 0.015, 0.024) for r in pair(script="label_noise", noise=n)])
-    assert sorted(load.title for load in loads) == [f"MNIST, MLP, {n}% flipped" for n in ("0.4", "1.5", "2.4")]
+    assert sorted(load.title for load in loads) == [
+        f"MNIST, MLP, {n}% flipped, epochs 2" for n in ("0.4", "1.5", "2.4")
+    ]
 
 
 def test_own_noise_0_cells_stand_beside_the_clean_cells_of_other_widths(tmp_path):
@@ -299,7 +313,7 @@ def test_equal_layers_are_a_depth_not_a_width(tmp_path):
     loads, _ = read(tmp_path, runs)
     deep, wide = sorted(loads, key=lambda load: load.role() == "clean")
     assert [x for x, _ in deep.points("gain")] == [1, 2, 3] and deep.role() == "depth"
-    assert [c.width for c in wide.cells] == ["75-25", "300-100"] and wide.title == "MNIST, MLP"
+    assert [c.width for c in wide.cells] == ["75-25", "300-100"] and wide.title == "MNIST, MLP, epochs 2"
 
 
 def test_one_layer_nets_are_a_width_series(tmp_path):
@@ -324,7 +338,10 @@ def test_pairs_without_weight_decay_and_partial_perturbations_belong_to_the_work
     loads, _ = read(tmp_path, runs)
     (load,) = [load for load in loads if load.role() == "clean"]
     gains = {what: load.points(what)[0][1][0] for what in ("gain", "no decay", "rest", "last")}
-    assert gains == pytest.approx({"gain": 1, "no decay": 0.2, "rest": 3, "last": 4}) and load.title == "MNIST, MLP"
+    assert (
+        gains == pytest.approx({"gain": 1, "no decay": 0.2, "rest": 3, "last": 4})
+        and load.title == "MNIST, MLP, epochs 2"
+    )
     assert sorted(load.role() for load in loads) == ["clean", "decay", "part", "part"]
 
 
@@ -373,6 +390,15 @@ def test_a_caption_gives_the_number_of_test_data(tmp_path):
 def test_pruner_and_sparsity_zero_are_dense(tmp_path):
     loads, left = read(tmp_path, [*pair(hidden="75-25"), *pair(script="sparsity", sparsity=0.0, pruner="snip")])
     assert len(loads) == 1 and len(loads[0].cells) == 2 and not left
+
+
+def test_seeds_that_lack_the_widest_are_left_out_where_three_have_it():
+    narrow = {seed: float(seed) for seed in range(5)}
+    wide = {seed: seed + 2.0 for seed in range(3)}
+    slopes, ends = plot.trend([(10, narrow), (100, narrow), (1000, wide)])
+    assert slopes == pytest.approx({0: 1, 1: 1, 2: 1}) and ends == pytest.approx({0: 2, 1: 2, 2: 2})
+    slopes, ends = plot.trend([(10, narrow), (100, narrow), (1000, {0: 5.0, 1: 5.0})])
+    assert slopes == pytest.approx(dict.fromkeys(range(5), 0)) and len(ends) == 5
 
 
 # What is left out is said
@@ -482,7 +508,8 @@ def test_a_folder_with_a_missing_piece_is_drawn_and_said(tmp_path):
     done = draw(tmp_path)
     assert (
         done.returncode == 0
-        and "| MNIST, MLP, 50% flipped | last epoch | 3 | 2 of 3 |" in (tmp_path / "figures" / "summary.md").read_text()
+        and "| MNIST, MLP, 50% flipped, epochs 2 | last epoch | 3 | 2 of 3 |"
+        in (tmp_path / "figures" / "summary.md").read_text()
     )
 
 
