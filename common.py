@@ -79,7 +79,7 @@ class SAM:
         self.perturbed = []
 
     def step(self, closure=None):
-        """Restores w and steps; with a closure (clear, backward, return the loss), all of it; returns the loss at w."""
+        """Restores w, steps; given a closure (clear, backward, return the loss), both passes first: the loss at w."""
         try:
             loss = closure and closure()
             if closure:
@@ -561,9 +561,10 @@ def sharpness(model, loss, images, targets, masks=None, probes=100):
     return found | {"trace": trace, "trace_se": error, "s2": max(spread, 0) ** 0.5, "s2_residual": spread_residual}
 
 
-def measure_sharpness(config, model, loss_fn, split, targets, masks=None):
-    """`sharpness` of the run's own loss on its first --sharpness training images; None where it is not asked for."""
-    if not config.sharpness or not is_main():
+def measure_sharpness(recorder, loss_fn, split, targets, masks=None):
+    """`sharpness` of a run's loss on its first --sharpness training images; None if not asked for or diverged."""
+    config, model = recorder.config, recorder.model
+    if not config.sharpness or not is_main() or recorder.status != "done":
         return None
     vars(model).pop("forward", None)  # without --amp
     model._compiled_call_impl = None  # and --compile: second derivatives fail under it, or are wrong
@@ -706,7 +707,7 @@ def flags(doc, settings, *models):
     add("lr", "learning rate", type=bounded_number(float, 1e-12), metavar="X")
     add("momentum", "SGD's momentum", type=bounded_number(float, 0, 1, below=True), metavar="X")
     add("weight_decay", "L2 penalty, outside SAM's perturbation", type=bounded_number(float, 0), metavar="X")
-    add("schedule", "the learning rate's course: step divides it by 10", choices=["step", "cosine", "constant"])
+    add("schedule", "the learning rate's course; step: x0.1 at milestones", choices=["step", "cosine", "constant"])
     add("warmup", "linear warm-up of the learning rate", 0, type=some, metavar="STEPS")
     add("loss", "cross-entropy, or squared error summed over the outputs", choices=list(LOSSES))
     add("sharpness", "after training, measure the Hessian on the first N training images", 0, type=some, metavar="N")
@@ -747,6 +748,7 @@ def parse(parser, settings_of):
     except (RuntimeError, AssertionError) as error:
         exit_with_error(f"--device {args.device}: cannot be used here ({str(error).splitlines()[0][:100]})")
 
+    defaults = {key: value[0] if isinstance(value, list) else value for key, value in defaults.items()}
     lists = {key: dict.fromkeys(value) for key, value in vars(args).items() if isinstance(value, list)}
     combinations = (dict(zip(lists, values)) for values in itertools.product(*lists.values()))
     runs = [argparse.Namespace(**vars(args) | values, defaults=defaults) for values in combinations]

@@ -6,8 +6,8 @@
     python plot.py
 
 The noise is symmetric and in the training labels alone; held-out and test labels stay clean. The result file has the
-accuracy on the flipped training labels (train_acc) and on their clean originals (train_clean_acc). plot.py takes the
-clean runs beside them from mlp_width.py and resnet_width.py; a run takes as long as theirs.
+accuracy on the labels trained on, the flipped among them (train_acc), and on their originals (train_clean_acc). plot.py
+takes the clean runs beside them from mlp_width.py and resnet_width.py; a run takes as long as theirs.
 """
 
 import math
@@ -101,7 +101,7 @@ def train(config):
             row["last_layer_share"] = average(share / steps_per_epoch)
         recorder.end_epoch(row)
 
-    curvature = measure_sharpness(config, model, loss_fn, data.train, noisy)
+    curvature = measure_sharpness(recorder, loss_fn, data.train, noisy)
     recorder.finish(num_test=len(data.test.targets), sharpness=curvature)
 
 

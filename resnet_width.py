@@ -183,7 +183,7 @@ def train(config):
             row["last_layer_share"] = average(share / steps_per_epoch)
         recorder.end_epoch(row)
 
-    curvature = measure_sharpness(config, model, loss_fn, data.train, data.train.targets)
+    curvature = measure_sharpness(recorder, loss_fn, data.train, data.train.targets)
     recorder.finish(num_test=len(data.test.targets), sharpness=curvature)
 
 

@@ -1,12 +1,12 @@
 """Does a wide network that is pruned at initialization keep SAM's gain? The paper's Figure 5b.
 
-    python sparsity.py --filters 64 --sparsity 0.9378 --pruner snip --val-size 5000 --seed 0 1 2
-    python sparsity.py --filters 64 --sparsity 0.9378 --pruner snip --val-size 5000 --seed 0 1 2 \\
+    python sparsity.py --filters 64 --sparsity 0.938 --pruner snip --val-size 5000 --seed 0 1 2
+    python sparsity.py --filters 64 --sparsity 0.938 --pruner snip --val-size 5000 --seed 0 1 2 \\
         --sam --rho 0.01 0.02 0.05 0.1 0.2
     python plot.py
 
 Only the kernels of linear and convolutional layers are pruned. The dense narrow networks beside which plot.py draws the
-sparse wide ones, at equal non-zero parameters (0.9378 leaves 64 filters as many as 16 have), are those of mlp_width.py
+sparse wide ones, at equal non-zero parameters (0.938 leaves 64 filters as many as 16 have), are those of mlp_width.py
 and resnet_width.py. A run takes as long as a dense one: masks save no time.
 """
 
@@ -51,7 +51,7 @@ def keep_highest(scores, count):
 
 
 def prune(model, kernels, loss_fn, config, data):
-    """The kernels' masks, True where a weight is kept: of n, exactly round(sparsity n) are removed.
+    """The kernels' masks, True where a weight is kept: of n weights, or of a layer's n (random), round(sparsity n) go.
 
     random: an equal share of each layer, chosen uniformly; magnitude: the smallest |w| of all layers together;
     snip: the smallest |w g| of all layers together, g the gradient on one training batch (Lee et al., ICLR 2019).
@@ -134,7 +134,7 @@ def train(config):
         num_test=len(data.test.targets),
         num_nonzero=sum(p.numel() for p in model.parameters()) - removed,
         sharpness=measure_sharpness(
-            config, model, loss_fn, data.train, data.train.targets, [masks.get(p) for p in model.parameters()]
+            recorder, loss_fn, data.train, data.train.targets, [masks.get(p) for p in model.parameters()]
         ),
     )
 

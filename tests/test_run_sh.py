@@ -385,6 +385,7 @@ def test_a_signal_stops_everything_in_one_line(clone, fake, number):
         (["list"], {"FLAGS": "--data-dir d"}, "DATA_DIR"),
         (["list"], {"FLAGS": "--dataset svhn"}, "CIFAR10"),
         (["list"], {"RESULTS": "my results"}, "space"),
+        (["list"], {"FIGURES": "my'figures"}, "quote"),
         ([], {"RESULTS": "run.sh"}, "run.sh/logs"),
         ([], {"LACKS": "data"}, "no data"),
         (["data"], {"LACKS": "data"}, "no data"),

@@ -140,7 +140,8 @@ def test_it_is_measured_without_amp_and_compile(tmp_path):
         if "--compile" in flag:
             assert model._compiled_call_impl is not None
             model._compiled_call_impl = compiled
-        found.append(measure_sharpness(config, model, LOSSES["ce"], data.train, data.train.targets))
+        recorder = common.Recorder(config, model, torch.optim.SGD(model.parameters()))
+        found.append(measure_sharpness(recorder, LOSSES["ce"], data.train, data.train.targets))
     assert found == [found[0]] * 4
 
 

@@ -593,6 +593,15 @@ def test_a_diverged_run_keeps_its_epochs_and_the_sweep_goes_on(tmp_path, capsys)
     assert "2 runs, 2 already finished" in capsys.readouterr().out and len(files(tmp_path / "rho")) == 2
 
 
+@pytest.mark.parametrize(
+    "data", [[*SMALL, "--sharpness", 20, "--hidden", "9-7"], ["--dataset", "curve", "--train-size", 60, "--hidden", 5]]
+)
+def test_nothing_is_measured_on_a_diverged_network(tmp_path, data):
+    call_main(mlp_width, tmp_path, *data, "--epochs", 1, "--sam", "--rho", "1e30")
+    result = result_of(tmp_path)
+    assert result["status"] == "diverged" and "sharpness" not in result and "y" not in result.get("function", {})
+
+
 @pytest.mark.parametrize("flag", ["--amp", "--compile"])
 def test_a_sweeps_models_are_freed_one_after_the_other(tmp_path, monkeypatch, flag):
     alive, build = [], common.build_model
