@@ -15,6 +15,7 @@ from helpers import assert_close, plain_run, result_of, runs, timeless, train
 import common
 import label_noise
 import mlp_width
+import plot
 import resnet_width
 import sparsity
 from common import MLP, SAM, ResNet18, learning_rate
@@ -460,3 +461,16 @@ def test_values_given_twice_train_once(tmp_path):
     assert [(c.hidden, c.rho, c.seed) for c in sweep] == [
         (hidden, rho, seed) for hidden in ("9", "8-7") for rho in (0.1, 0.2) for seed in (0, 1)
     ]
+
+
+def test_the_copies_of_the_papers_settings_agree():
+    mnist, cifar = label_noise.SETTINGS["hidden"], label_noise.SETTINGS["filters"]
+    assert sparsity.SETTINGS == label_noise.SETTINGS and mlp_width.SETTINGS["mnist"] == mnist
+    assert resnet_width.SETTINGS[18] == cifar | {"warmup": 0}
+    shown = [(plot.MNIST, mnist), (plot.CIFAR, cifar), (plot.TEACHER, mlp_width.SETTINGS["teacher"])]
+    shown.append((plot.IMAGENET, resnet_width.SETTINGS[50]))
+    for paper, settings in shown:
+        assert len(paper.keys() & settings.keys()) >= 7
+        assert all(paper[key] == settings[key] for key in paper.keys() & settings.keys())
+    _, (x, y) = mlp_width.curve(argparse.Namespace(val_size=0))
+    assert all(np.allclose(ours, theirs) for ours, theirs in zip(plot.CURVE, (x[:, 0], y[:, 0])))
