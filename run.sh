@@ -94,7 +94,7 @@ overnight() { # an empty line ends a row: the rows stay in order, since the last
     sam "0.1 0.2 0.3" $noisy --noise 0.5 --perturb rest --epochs 60 $five
     sgd $noisy --noise 0.5 --epochs 120 $five
     echo
-    both "0.1 0.2 0.5" mlp_width.py --dataset teacher --hidden 100 200 300 400 500 600 700 800 900 1000 \
+    both "0.1 0.2 0.5 0.7" mlp_width.py --dataset teacher --hidden 100 200 300 400 500 600 700 800 900 1000 \
         --val-size 2000 --seed 0 1 2
     both 0.2 mlp_width.py --dataset curve --hidden 5 10 100 1000 --seed 0 1 2
     both 0.2 mlp_width.py --dataset curve-scaled --hidden 5 10 100 1000 --seed 0 1 2
