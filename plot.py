@@ -246,7 +246,7 @@ def workloads(folder):
             group[settings, cell].setdefault(rho, {})[seed] = max(twins, key=lambda run: "trace" in run.numbers)
     for (settings, cell), radii in [*group.items()]:
         base = json.loads(settings) | {"adaptive": False, "perturb": "all"}
-        both = [(freeze(base | {"epochs": n * base["epochs"] or n - 1.0}), cell) for n in (1, 2)]
+        both = [(freeze(base | {"epochs": n * base["epochs"] or n - 1.0}), cell) for n in (1, 2)]  # 0 has no double
         sgd, twice = ({s: r for s, r in group[k].get(None, {}).items() if r.status == "done"} for k in both)
         sam = {rho: runs for rho, runs in radii.items() if rho is not None}
         if sgd and sam and (made := Cell(sgd, sam, twice)).radii:

@@ -77,13 +77,6 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
     done
 }
 
-# Settings in which small ResNets memorize noisy labels, found on seed 0, which overnight does not use
-quick_resnets="label_noise.py --filters 4 8 --noise 0.5 --train-size 1000 --batch-size 32 --epochs 12"
-quick_resnet_rhos="0.2"
-overnight_resnets="label_noise.py --filters 4 8 16 --noise 0.5 --epochs 30"
-overnight_resnets="$overnight_resnets --train-size 2000 --val-size 1000 --batch-size 32"
-overnight_resnet_rhos="0.1 0.2"
-
 overnight() { # an empty line ends a row: the rows stay in order, since the last ones may not be reached
     local three="--val-size 5000 --seed 0 1 2" five="--val-size 5000 --seed 0 1 2 3 4"
     local widths="75-25 150-50 300-100 1200-400"
@@ -114,7 +107,8 @@ overnight() { # an empty line ends a row: the rows stay in order, since the last
     both "0.1 0.2" mlp_width.py --hidden 300 300-300 300-300-300 300-300-300-300 --epochs 30 $three
     sgd mlp_width.py --hidden $widths --epochs 60 $three
     echo
-    both "$overnight_resnet_rhos" $overnight_resnets --dataset mnist --seed 1 2 3
+    both "0.1 0.2" label_noise.py --filters 4 8 16 --noise 0.5 --epochs 30 --train-size 2000 --val-size 1000 \
+        --batch-size 32 --dataset mnist --seed 1 2 3 # seed 0 was for finding settings in which so small ones memorize
     echo
     both "0.1 0.2" mlp_width.py --hidden 3000-1000 $three
 }
@@ -127,7 +121,7 @@ quick() {
     both "0.05 0.1" label_noise.py --hidden 75-25 300-100 --noise 0.75 --epochs 20 $two
     sam 0.2 $noisy --perturb last $two
     sam 0.2 $noisy --perturb rest $two
-    both "$quick_resnet_rhos" $quick_resnets $two
+    both 0.2 label_noise.py --filters 4 8 --noise 0.5 --train-size 1000 --batch-size 32 --epochs 12 $two
     both 0.1 mlp_width.py --dataset teacher --hidden 100 400 1000 --val-size 2000 --epochs 20 --seed 0 1
     both 0.2 mlp_width.py --dataset curve --hidden 10 100 1000 --epochs 5 --seed 0 1
     both 0.2 mlp_width.py --dataset curve-scaled --hidden 10 1000 --epochs 5 --seed 0 1
