@@ -1,6 +1,7 @@
 """run.sh: what its lists hold, and what its sweeps do with a Python that only notes what it is told."""
 
 import functools
+import importlib
 import itertools
 import os
 import shutil
@@ -12,6 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers import program
+
+import common
 
 ROOT = Path(__file__).parent.parent
 COMMON = """sam rho adaptive perturb epochs batch-size lr momentum weight-decay schedule warmup loss sharpness seed
@@ -219,6 +223,19 @@ def test_overnight_is_eight_rows_in_their_order():
     assert all("results=results/overnight" in one for part in found for one in part)
     assert count(found[2], "mlp_width.py", "hidden=300-100", "sharpness=100") == 5 * 5
     assert all(len(runs([line])) == 1 for line in lines if "--sharpness 1000" in line)  # it takes longer than training
+
+
+def test_no_shipped_result_is_without_its_command(monkeypatch):
+    programs, named = {}, set()
+    monkeypatch.chdir(ROOT)
+    for line in listed("overnight"):
+        _, *argv = line.split()
+        if argv[0] not in programs:
+            programs[argv[0]] = program(importlib.import_module(Path(argv[0]).stem))
+        monkeypatch.setattr(sys, "argv", argv)
+        named |= {common.result_path(config) for config in common.parse(*programs[argv[0]])}
+    shipped = {*Path("results/overnight").glob("*/*.json")}
+    assert len(named) == len(runs(listed("overnight"))) and shipped and shipped <= named, shipped - named
 
 
 def test_quick_is_every_experiment_on_the_shipped_images():
