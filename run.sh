@@ -82,7 +82,7 @@ overnight() { # an empty line ends a row: the rows stay in order, since the last
     local widths="75-25 150-50 300-100 1200-400"
     local noisy="label_noise.py --hidden $widths --train-size 10000"
     both "0.1 0.2 0.3 0.5" $noisy --noise 0.25 0.5 --epochs 60 $five
-    both "0.05 0.1 0.2" $noisy --noise 0.75 --epochs 60 $five
+    both "0.05 0.1 0.2 0.3" $noisy --noise 0.75 --epochs 60 $five
     sam "0.1 0.2 0.3" $noisy --noise 0.5 --perturb last --epochs 60 $five
     sam "0.1 0.2 0.3" $noisy --noise 0.5 --perturb rest --epochs 60 $five
     sgd $noisy --noise 0.5 --epochs 120 $five
