@@ -203,7 +203,7 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         """[(x, {seed: number})] of what LOOK names; x: the number of parameters that are not pruned, or of layers."""
         (*_, whose, changes), number = LOOK[what], what if what == "held-out" else number
         load, rho = self.find(**changes), choose(self.cells, number)[0] if what == "one rho" else None
-        if whose == "paper" or not load:
+        if whose == "paper" or not load or (changes and load is self):
             return self.paper if whose == "paper" else []
         return [(len(c.run.layers) if self.deep else c.nonzero, c.values(whose, number, rho)) for c in load.cells]
 

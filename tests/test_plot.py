@@ -284,6 +284,12 @@ def test_a_title_names_what_is_not_the_papers(tmp_path):
     assert one(tmp_path / "b", teacher).title == "teacher, MLP"
 
 
+def test_what_has_no_weight_decay_is_not_set_beside_itself(tmp_path):
+    loads, _ = read(tmp_path, [number_run(rho=rho, weight_decay=0.0) for rho in (None, 0.1)])
+    assert loads[0].points("gain") and not loads[0].points("no decay")
+    assert not plot.Figures(loads).regularization().columns
+
+
 def test_several_learning_rates_have_titles_of_their_own(tmp_path):
     loads, _ = read(tmp_path, [r for lr in (0.1, 0.05, 0.2) for r in pair(lr=lr)])
     assert sorted(load.title for load in loads) == ["MNIST, MLP, epochs 2" + lr for lr in ("", ", lr 0.05", ", lr 0.2")]
