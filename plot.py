@@ -404,7 +404,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
                 best, alike = choose([c])
                 bottom.plot([c.params] * 2, [at[alike[0]], at[alike[-1]]], color=GREY)
                 bottom.plot(c.params, at[best], "o", color=SAM)
-            bottom.hlines([1, len(at)], *bottom.get_xlim(), GREY, "--", linewidth=0.7)
+            bottom.plot(bottom.get_xlim(), [(1, len(at))] * 2, "--", color=GREY, linewidth=0.7)
             bottom.set_yticks([*at.values()], [f"{rho:g}" for rho in at], fontsize=9 if len(at) < 9 else 5)
         return fig
 

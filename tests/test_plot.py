@@ -284,6 +284,16 @@ def test_a_title_names_what_is_not_the_papers(tmp_path):
     assert one(tmp_path / "b", teacher).title == "teacher, MLP"
 
 
+def test_the_grids_edges_are_in_sight_where_all_widths_chose_one_rho(tmp_path):
+    radii = [
+        run(rho, acc=0.95 if rho == 0.2 else 0.9, hidden=h) for rho in (0.1, 0.2, 0.5) for h in ("75-25", "300-100")
+    ]
+    fig = plot.Figures([one(tmp_path, [run(hidden="75-25"), run(), *radii])]).rho()
+    plot.finish(fig, "Caption.", tmp_path / "figure.png")
+    low, high = fig.columns[0][0][1].get_ylim()
+    assert low < 1 and high > 3
+
+
 def test_what_has_no_weight_decay_is_not_set_beside_itself(tmp_path):
     loads, _ = read(tmp_path, [number_run(rho=rho, weight_decay=0.0) for rho in (None, 0.1)])
     assert loads[0].points("gain") and not loads[0].points("no decay")
