@@ -58,7 +58,7 @@ DEFAULTS = dict.fromkeys(("hidden", "filters", "image_size", "train_size", "prun
 DEFAULTS |= dict.fromkeys(("noise", "sparsity", "epochs", "val_size", "warmup", "weight_decay"), 0)
 DEFAULTS |= dict.fromkeys(("adaptive", "amp", "compile", "fp32"), False) | {"depth": 18, "loss": "ce", "processes": 1}
 DEFAULTS |= {"schedule": "step", "perturb": "all", "data_dir": "data"}
-KNOWN = {*DEFAULTS, *MNIST, "dataset", "milestones", "script", "shape"}  # others, at their default: as if not there
+KNOWN = {*DEFAULTS, *MNIST, "dataset", "script", "shape"}  # others, at their default: as if not there
 VARIED = {"hidden", "filters", "sparsity", "sam", "rho", "seed", "device", "results", "force", "workers", "sharpness"}
 SCRIPTS = {"mlp_width", "resnet_width", "label_noise", "sparsity"}
 T95 = math.nan, 12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216  # Student's, seeds - 1
@@ -86,6 +86,10 @@ def trend(points):
     return {}, {}
 
 
+def subtract(a, b):
+    return {seed: a[seed] - b[seed] for seed in a if seed in b}
+
+
 class Run:  # A result file: settings (where it lacks a flag, the default), history as arrays, numbers by name
     def __init__(self, path):
         self.path, result = path, json.loads(path.read_bytes())
@@ -102,7 +106,8 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         self.width = str(config["hidden"] or filters or short(self.params))
         # layers in proportion, such as 75-25 and 3000-1000, are one shape at two widths; equal layers are no width
         shape = [round(3 * math.log2(h / self.layers[0])) for h in self.layers]
-        silent = VARIED | {k for k, v in result.get("defaults", {}).items() if v == config.get(k) and k not in KNOWN}
+        usual = {"milestones": config.get("milestones")} | result.get("defaults", {})  # which older files lack
+        silent = VARIED | {k for k, v in usual.items() if v == config.get(k) and k not in KNOWN}
         settings = {k: float(v) if type(v) is int else v for k, v in config.items() if k not in silent}
         settings["model"] = "MLP" if self.layers else f"ResNet-{config['depth']}" if filters else config["script"]
         settings["shape"] = f"layers of {self.layers[0]}" if len(shape) > 1 and not any(shape) else shape
@@ -124,9 +129,8 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         test, held = (self.sign * history.get(f"{name}_{self.metric}", np.empty(0)) for name in ("test", "val"))
         ends = {"last": -1, "paper": test.argmax()} | ({"held-out": held.argmax()} if len(held) else {})
         self.score = {s: float((held if len(held) and s != "paper" else test)[end]) for s, end in ends.items()}
-        numbers |= {k: float(v[-1]) for k, v in history.items()} | {
-            s: float(self.sign * test[e]) for s, e in ends.items()
-        }
+        numbers |= {key: float(values[-1]) for key, values in history.items()}
+        numbers |= {stop: float(self.sign * test[end]) for stop, end in ends.items()}
         numbers["clean"] = numbers.get("train_clean_acc", numbers.get("train_acc", math.nan))
         numbers["share"] = 100 * np.mean(history.get("last_layer_share", math.nan))
         for key in curve.keys() - {"x"}:  # sum of |f''|: the total variation of the slope
@@ -148,10 +152,10 @@ class Cell:  # One network: SGD's runs by seed, one kind of SAM's by rho and see
         while radii and not (shared := set.intersection(*({*self.sam[rho]} for rho in radii))):
             radii.pop()
         self.radii, self.shared = sorted(radii), sorted(shared, key=str) if radii else []
-        self.best = {stop: choose([self], stop)[0] for stop in STOPS}
+        self.chosen = {stop: choose([self], stop) for stop in STOPS}
 
     def pairs(self, rho=None, stop="last"):  # [(SGD's run, SAM's run)] of each seed, at this rho or at the best
-        return [(self.sgd[s], run) for s, run in self.sam.get(self.best[stop] if rho is None else rho, {}).items()]
+        return [(self.sgd[s], run) for s, run in self.sam.get(self.chosen[stop][0] if rho is None else rho, {}).items()]
 
     def values(self, whose, number="last", rho=None):
         """{seed: number} of SGD, of SAM, of SGD at "twice" the epochs; or of SAM's gain over SGD."""
@@ -210,8 +214,7 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
     def contrast(self, cell):  # the gain of a pruned network minus that of a dense one with as many weights left
         dense = self.find(pruner=None) if self.settings["pruner"] else None
         alike = [d for d in dense.cells if 0.95 < cell.nonzero / d.params < 1.05] if dense else []
-        others = alike[0].values("gain") if alike else {}
-        return {seed: gain - others[seed] for seed, gain in cell.values("gain").items() if seed in others}
+        return subtract(cell.values("gain"), alike[0].values("gain")) if alike else {}
 
     def trends(self, stop="last"):
         """Slopes by seed, per tenfold parameters, and widest minus narrowest; {} where there is no trend."""
@@ -227,17 +230,16 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
 
 def read(path):
     try:
-        return Run(path)
+        return path, Run(path)
     except Exception as error:  # a foreign file may be anything
-        return f"not a result file ({type(error).__name__}: {error})"
+        return path, f"not a result file ({type(error).__name__}: {error})"
 
 
 def workloads(folder):
     """The workloads of the result files below the folder, and {path: why} of those that are in none."""
     found, group, cells, loads, left = defaultdict(list), defaultdict(dict), defaultdict(list), {}, {}
-    paths = sorted(Path(folder).glob("*/*.json"))
     with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:  # most of the time goes into reading
-        for path, run in zip(paths, pool.map(read, paths, chunksize=50)):
+        for path, run in pool.map(read, sorted(Path(folder).glob("*/*.json")), chunksize=50):
             found[run.key].append(run) if isinstance(run, Run) else left.update({path: run})
     for (settings, cell, rho, seed), twins in found.items():
         if len({(run.status, *run.history.get("test_loss", ())) for run in twins}) > 1:
@@ -252,11 +254,10 @@ def workloads(folder):
         if sgd and sam and (made := Cell(sgd, sam, twice)).radii:
             cells[settings].append(made)
     loads |= {key: Workload(json.loads(key), made, loads) for key, made in cells.items()}
-    for load, one in [(load, load.find(shape=[0])) for load in loads.values() if load.deep and load.find(shape=[0])]:
+    for load, one in [(load, one) for load in loads.values() if load.deep and (one := load.find(shape=[0]))]:
         load.cells = [c for c in one.cells if load.shape == f"layers of {c.width}"] + load.cells  # a depth, too
         loads = {key: other for key, other in loads.items() if other is not one or one.cells != load.cells[:1]}
-    parts = [runs for made in cells.values() for c in made for runs in (c.sgd, c.twice, *c.sam.values())]
-    used = {run.key for runs in parts for run in runs.values()}
+    used = {r.key for c in sum(cells.values(), []) for runs in (c.sgd, c.twice, *c.sam.values()) for r in runs.values()}
     for run in [twins[0] for key, twins in found.items() if key not in used]:
         why = "SAM diverged at this rho, or no run of SGD" if run.rho is not None else "no run of SAM"
         left.setdefault(run.path, "diverged" if run.status == "diverged" else f"{why} beside it")
@@ -302,7 +303,7 @@ def by_rho(ax, load, number, shade):
     """A line a cell: means over the seeds that its radii share, evenly spaced from SGD (0) on; returns {rho: x}."""
     at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.tried}), start=1)}
     for c in load.cells:
-        runs, best = {0: c.sgd} | {at[rho]: c.sam[rho] for rho in c.radii}, at[c.best["last"]]
+        runs, best = {0: c.sgd} | {at[rho]: c.sam[rho] for rho in c.radii}, at[c.chosen["last"][0]]
         y = {x: np.mean([runs[x][seed].numbers.get(number, math.nan) for seed in c.shared]) for x in runs}
         ax.plot([*y], [*y.values()], ".-", linewidth=1, **shade(c))
         ax.plot(best, y[best], "o", markerfacecolor="none", color=SAM, markersize=8)
@@ -401,7 +402,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         for (top, bottom), load in fig.columns:
             at = by_rho(top, load, "last", fig.shade)
             for c in load.cells:
-                best, alike = choose([c])
+                best, alike = c.chosen["last"]
                 bottom.plot([c.params] * 2, [at[alike[0]], at[alike[-1]]], color=GREY)
                 bottom.plot(c.params, at[best], "o", color=SAM)
             bottom.plot(bottom.get_xlim(), [(1, len(at))] * 2, "--", color=GREY, linewidth=0.7)
@@ -440,8 +441,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
             for load in [load for load in loads if load.base == base.base]:
                 mark = "os^Dvp*"[int(8 * load.noise) % 7]
                 for c in load.cells:
-                    points = [(c.values("SGD", "train_acc")[seed], gain) for seed, gain in c.values("gain").items()]
-                    ax.plot(*zip(*points), mark, markersize=4, **fig.shade(c))
+                    sgd, gain = c.values("SGD", "train_acc"), c.values("gain")
+                    ax.plot([sgd[s] for s in gain], [*gain.values()], mark, markersize=4, **fig.shade(c))
                 ax.plot([], [], mark, color=GREY, label=f"{100 * load.noise:.4g}% flipped")
             ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's accuracy (%)")
             ax.title.set_text(base.title.replace(f", {100 * base.noise:.4g}% flipped", ""))
@@ -540,7 +541,7 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             trends.append(row | {what: load.say(values) for what, values in slopes.items()})
         rows, one = [], choose(load.cells)[0]
         for c in load.cells:
-            best, alike = choose([c])
+            best, alike = c.chosen["last"]
             edge = ", the grid's edge" * (len(c.tried) > 1 and best in (c.tried[0], c.tried[-1]))
             row = {"width": c.width, "parameters": f"{c.params:,}", "non-zero": f"{c.nonzero:,}"}
             row |= {"seeds": len(c.pairs()), "rho": f"{best:g}{edge}", "as good": f"{alike[0]:g} to {alike[-1]:g}"}
@@ -552,8 +553,7 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
             gains["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
             gains |= {f"gain, {STOPS[stop]}": c.values("gain", stop) for stop in ("held-out", "paper")}
-            sam, twice = c.values("SAM"), c.values("twice")
-            gains["SAM - SGD of twice the epochs"] = {s: sam[s] - twice[s] for s in sam if s in twice}
+            gains["SAM - SGD of twice the epochs"] = subtract(c.values("SAM"), c.values("twice"))
             gains["gain - that of dense networks of as many"] = load.contrast(c)
             rows.append(row | {name: load.say(values) for name, values in gains.items()})
         text += f"\n## {load.title}\n\nrho is chosen on {load.chosen_on} data.\n\n{table(rows)}"

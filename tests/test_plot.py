@@ -256,7 +256,7 @@ def test_where_a_run_happened_does_not_matter(tmp_path):
 
 def test_a_flag_that_an_older_file_lacks_is_at_its_default(tmp_path):
     old = run()
-    for key in ("loss", "schedule", "warmup", "perturb", "sharpness", "processes"):
+    for key in ("loss", "schedule", "warmup", "perturb", "sharpness", "processes", "milestones"):
         del old["config"][key]
     assert one(tmp_path, [old, run(0.1, acc=0.92)]).cells[0].values("gain") == pytest.approx({0: 2})
 

@@ -330,7 +330,8 @@ def test_without_failures_the_figures_are_announced(clone, fake):
     assert (status, errors) == (0, [])
     assert out[0] == "Every figure at the paper's scale: 9 commands, 2 at a time"
     assert out[-1] == "Figures and summary.md are in f, the results they come from in r."
-    assert calls(clone)[0].endswith("common.read_torchvision(*sys.argv[1:]) mnist data")
+    download = 'import common, sys; sys.argv[0] = "run.sh"; common.read_torchvision(*sys.argv[1:])'
+    assert calls(clone)[0] == f"-c {download} mnist data"
     assert calls(clone)[-1] == "plot.py --results r --figures f"
     assert not (clone / "results").exists() and len(list((clone / "r" / "logs").iterdir())) == 10
 
