@@ -322,7 +322,7 @@ def by_epoch(ax, cell, i, key, start=0, **style):  # SGD's (i = 0) or SAM's (1) 
 def sheet(loads, *rows):
     """A column a workload, three side by side; a row: its name, what of LOOK, which number (or the figure draws)."""
     fig, shown = Figure(), loads[:9]
-    fig.columns, fig.left_out, fig.places, block = [], loads[9:], {}, 0.65 + 1.65 * len(rows)  # inches
+    fig.columns, fig.left_out, fig.places, block = [], loads[9:], {}, 0.8 + 1.65 * len(rows)  # inches
     across, wide = {1: (1, 2.7), 2: (2, 1.75), 4: (2, 1.75)}.get(len(shown), (3, 1.15))
     for i, load in enumerate(shown):
         axes = [fig.add_axes((0, 0, 1, 1), label=f"{i} {row}") for row in range(len(rows))]
@@ -331,7 +331,7 @@ def sheet(loads, *rows):
         axes[0].set_title(title, fontsize=7 if across == 3 else 8)
         for row, ax in enumerate(axes):
             name, *whats = (text.format(*WORDS[load.metric]) for text in rows[row])
-            fig.places[ax] = 0.75 + i % across * (wide + 0.72), i // across * block + 0.55 + 1.65 * row, wide, 1.15
+            fig.places[ax] = 0.75 + i % across * (wide + 0.72), i // across * block + 0.7 + 1.65 * row, wide, 1.15
             for what in whats[0].split(", ") if whats else ():
                 draw(ax, load.points(what, *whats[1:]), *LOOK[what])
             ax.set_yscale("log" if whats[1:] in (["train_loss"], ["bend of y"]) else "linear")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import plot
@@ -292,6 +293,26 @@ def test_the_grids_edges_are_in_sight_where_all_widths_chose_one_rho(tmp_path):
     plot.finish(fig, "Caption.", tmp_path / "figure.png")
     low, high = fig.columns[0][0][1].get_ylim()
     assert low < 1 and high > 3
+
+
+def test_a_long_title_is_all_in_sight(tmp_path):
+    settings = {
+        "script": "label_noise",
+        "hidden": None,
+        "filters": 16,
+        "batch_size": 32,
+        "train_size": 1000,
+        "epochs": 12,
+    }
+    runs = [
+        r for noise in (0.25, 0.5, 0.75) for k in (8, 16) for r in pair(**settings | {"noise": noise, "filters": k})
+    ]
+    fig = plot.Figures(read(tmp_path, runs)[0]).label_noise()
+    plot.finish(fig, "Caption.", tmp_path / "figure.png")
+    renderer = FigureCanvasAgg(fig).get_renderer()
+    titles = [axes[0].title for axes, _ in fig.columns]
+    assert len(titles) == 3 and all("train size\n1000" in title.get_text() for title in titles)
+    assert all(title.get_window_extent(renderer).y1 <= fig.bbox.y1 for title in titles)
 
 
 def test_what_has_no_weight_decay_is_not_set_beside_itself(tmp_path):
