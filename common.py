@@ -1,6 +1,5 @@
-"""What the four experiment scripts share, in this order: `SAM` (needs nothing but `import torch`: copy it out),
-`frozen_bn_stats`, `MLP`, `ResNet18`; data on the device and its batches; loss, learning rate, evaluation and sharpness;
-several processes; flags; a run's way to disk.
+"""What the four experiment scripts share, in this order: `SAM` (copy it out), `frozen_bn_stats`, `MLP`, `ResNet18`;
+data and its batches; loss, learning rate, evaluation, sharpness; several processes; flags; a run's way to disk.
 
 "The paper" is Shin, Lee, Andriushchenko, Lee: "Critical Influence of Overparameterization on Sharpness-aware
 Minimization", UAI 2025, arXiv 2311.17539. SAM is Foret et al., ICLR 2021; its adaptive form Kwon et al., ICML 2021.
@@ -8,10 +7,10 @@ Minimization", UAI 2025, arXiv 2311.17539. SAM is Foret et al., ICLR 2021; its a
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import functools
 import gc
+import io
 import itertools
 import json
 import math
@@ -26,16 +25,18 @@ import time
 import uuid
 import warnings
 import zipfile
-from importlib.metadata import version
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import distributed as dist
+from torch import nn
+from torchvision import datasets
 from tqdm import tqdm
 
 
@@ -93,10 +94,7 @@ class SAM:
 
 @contextlib.contextmanager
 def frozen_bn_stats(model):
-    """Inside, BatchNorm normalizes with its batch's statistics, but its running ones and its counter stand still.
-
-    For SAM's second pass: statistics at w + e do not belong to w, and each batch counts once.
-    """
+    """BatchNorm uses its batch's statistics, its running ones stand still: for SAM's second pass, at w + e, not w."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     try:
         for m in norms:
@@ -125,25 +123,24 @@ def MLP(hidden=(300, 100), inputs=784, classes=10):
     return lecun_normal_(nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], classes)))
 
 
+def convolution(inputs, outputs, size, stride=1):
+    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(outputs)
+
+
 class BasicBlock(nn.Module):
     def __init__(self, inputs, outputs, stride):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        first = convolution(inputs, outputs, 3, stride)
+        self.branch = nn.Sequential(*first, nn.ReLU(), *convolution(outputs, outputs, 3))
+        self.shortcut = nn.Sequential(*(convolution(inputs, outputs, 1, stride) if inputs != outputs else ()))
 
     def forward(self, x):
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.shortcut(x))
+        return F.relu(self.branch(x) + self.shortcut(x))
 
 
 def ResNet18(filters=64, channels=3, classes=10):
     """The CIFAR ResNet-18 with `filters` channels in its first stage: (B, channels, H, W) -> (B, classes) logits."""
-    layers = [nn.Conv2d(channels, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
+    layers = [*convolution(channels, filters, 3), nn.ReLU()]
     widths = [filters, filters, 2 * filters, 4 * filters, 8 * filters]
     for inputs, outputs in zip(widths, widths[1:]):
         layers += [BasicBlock(inputs, outputs, 1 if inputs == outputs else 2), BasicBlock(outputs, outputs, 1)]
@@ -151,12 +148,8 @@ def ResNet18(filters=64, channels=3, classes=10):
     return lecun_normal_(nn.Sequential(*layers))
 
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10's channels
-
-
-class Split(NamedTuple):
-    inputs: torch.Tensor  # (N, C, H, W) uint8 images, or floats of any shape, which the model gets as they are
-    targets: torch.Tensor  # (N,) int64 labels, or (N, D) floats
+class Split(namedtuple("Split", "inputs targets")):
+    """inputs: (N, C, H, W) uint8 images, or floats, which the model gets as they are; targets: (N,) int64 or (N, D)."""
 
     def select(self, indices, seed=None):
         """Yields the inputs of each tensor of indices. seed, (seed, epoch) in training: for inputs that augment."""
@@ -164,138 +157,97 @@ class Split(NamedTuple):
             yield self.inputs.index_select(0, index)  # 15 times as fast as [] on a CPU
 
 
-class Data(NamedTuple):
-    train: Split
-    val: Split
-    test: Split
-    shape: tuple  # of one input
-    outputs: int  # the number of classes, or of the numbers that a target has
-    augment: bool  # crop and flip the training images
+Data = namedtuple("Data", "train val test shape outputs augment")  # shape of an input, how many classes or numbers
 
 
 @functools.lru_cache(maxsize=1)
 def read_torchvision(name, data_dir):
     """torchvision's data set as ((images, labels), (test images, test labels)) in CPU memory, downloaded if need be."""
-    from torchvision import datasets
 
     def read(train):
         which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
         data = getattr(datasets, TORCHVISION[name])(data_dir, download=True, **which)
-        images = torch.as_tensor(data.data)
-        images = images[:, None] if images.ndim == 3 else images if name == "svhn" else images.permute(0, 3, 1, 2)
-        return images, torch.as_tensor(data.labels if name == "svhn" else data.targets)
+        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.labels if name == "svhn" else data.targets)
+        return images[:, None] if images.ndim == 3 else images if name == "svhn" else images.permute(0, 3, 1, 2), labels
 
     try:
-        with main_process_first():  # only one downloads
-            return read(True), read(False)
+        parts = (read(True), read(False)) if is_main() else None
+        from_main(None)  # the others wait until it has downloaded
+        return parts or (read(True), read(False))
     except Exception as error:  # torchvision raises all kinds: network, checksum, torn file, missing package
         advice = "nor downloaded to it; remove damaged files there or put whole ones in their place"
-        reason = f"{advice} ({type(error).__name__}: {error})"
-        exit_with_error(f"--dataset {name}: could not be read from --data-dir {data_dir}, {reason}")
+        exit_with_error(f"--dataset {name}: could not be read from --data-dir {data_dir} {advice} ({error!r})")
 
 
 TORCHVISION = {name.lower(): name for name in ("MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100", "SVHN")}
-# Name -> function of the run's config that returns ((inputs, targets), (test inputs, test targets)), CPU tensors as
-# Split has them. A script adds data sets of its own here, before it calls flags().
+# Name -> function of the config: ((inputs, targets), (test inputs, test targets)), CPU tensors; scripts add their own
 DATASETS = {name: lambda config: read_torchvision(config.dataset, config.data_dir) for name in TORCHVISION}
 
 
 def open_image(path):
     """The file's image, 8 bits deep: of mode L where it is grey, else RGB. ValueError, with its path, if it is none."""
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
-                values = np.asarray(image)
-                if values.min() < 0 or values.max() >= 2**16:
-                    raise ValueError("its values don't fit into 16 bits")
-                image = Image.fromarray((values >> 8).astype(np.uint8))
-            elif image.mode == "F":
-                raise ValueError("its values are floats, of no known range")
-            elif image.mode == "P":
-                image = image.convert("RGBA")  # or a transparent palette raises a warning
-            return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
-    except MemoryError:
-        raise
+            if image.mode[0] in "IF":  # 16 bits, which convert() would cut off at 255; bytes() refuses more than them
+                image = Image.frombytes("L", image.size, bytes((np.asarray(image) >> 8).ravel().tolist()))
+            opaque = image.convert("RGBA") if image.mode == "P" else image  # or a transparent palette raises a warning
+            return opaque.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
     except Exception as error:  # Pillow raises all kinds over broken files
         raise ValueError(f"{path}: is not an image that can be read; replace or remove it ({error})") from error
 
 
 @functools.lru_cache(maxsize=1)
 def scan_folder(root):
-    """((paths, labels), (test paths, test labels), number of classes) of a folder: the main process looks, once.
+    """((paths as bytes, labels), (test paths, test labels), number of classes) of a folder of class folders."""
 
-    Paths as bytes, for os.fsdecode. In one fixed shuffled order: the first N images, and the last N, have every class.
-    """
-    from torchvision.datasets import ImageFolder
-
-    def scan(*names):
-        folder = next((Path(root, name) for name in names if Path(root, name).is_dir()), None)
-        if folder is None:
-            missing = f"{' or '.join(names)}, with a folder of images for each class"
-            exit_with_error(f"--dataset {root}: has no folder {missing}")
-        try:
-            data = ImageFolder(folder)
-        except FileNotFoundError as error:  # no class folders, or one without images
-            exit_with_error(f"--dataset {root}: {error}")
+    def shuffled(data):  # in one order for all: the first N images, and the last N, have every class
         order = np.random.default_rng(0).permutation(len(data.samples))
-        paths = np.array([os.fsencode(path) for path, _ in data.samples])
-        return paths[order], torch.tensor(data.targets)[order], data.classes
+        return np.array([os.fsencode(path) for path, _ in data.samples])[order], torch.tensor(data.targets)[order]
 
-    found = from_main([scan("train"), scan("test", "val")] if is_main() else None)
-    (*train, classes), (*test, test_classes) = found
-    if len(classes) < 2:
-        exit_with_error(f"--dataset {root}: has one class of images, but needs two or more")
-    if classes != test_classes:
-        exit_with_error(f"--dataset {root}: its training and test images differ in classes")
-    return train, test, len(classes)
+    parts = "train", "test" if Path(root, "test").is_dir() else "val"
+    try:
+        train, test = (datasets.ImageFolder(Path(root, part)) for part in parts)
+    except FileNotFoundError as error:  # no such folder, or none in it, or one without images
+        needed = f"one of {', '.join(DATASETS)}, or a folder with train/ and test/, a folder of images for each class"
+        exit_with_error(f"--dataset {root}: is not {needed} ({error})")
+    if len(train.classes) < 2 or train.classes != test.classes:
+        exit_with_error(f"--dataset {root}: needs two or more classes, the same for training and for test images")
+    return shuffled(train), shuffled(test), len(train.classes)
 
 
 @functools.lru_cache(maxsize=1)
 def read_folder(root):
     """The images of a folder of class folders, all of one size, as read_torchvision returns them."""
-
-    def read(paths, labels):
-        images = []
-        for path in map(os.fsdecode, tqdm(paths, f"reading {root}", disable=None, leave=False)):
-            try:
-                pixels = np.asarray(open_image(path))
-            except ValueError as error:
-                exit_with_error(str(error))
-            images.append(pixels.reshape(*pixels.shape[:2], -1))
-            if images[-1].shape != images[0].shape:
-                shapes = f"{images[-1].shape}, the first image {images[0].shape} (H, W, C)"
-                exit_with_error(f"{path}: is {shapes}; make them alike, or give --image-size to resnet_width.py")
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels
-
-    train, test = (read(*part) for part in scan_folder(root)[:2])
-    if train[0].shape[1:] != test[0].shape[1:]:
-        exit_with_error(f"--dataset {root}: its training and test images differ in size or channels")
-    return train, test
+    (train, labels), (test, test_labels), _ = scan_folder(root)
+    images = []
+    for path in map(os.fsdecode, tqdm([*train, *test], f"reading {root}", disable=None, leave=False)):
+        try:
+            pixels = np.asarray(open_image(path))
+        except ValueError as error:
+            exit_with_error(str(error))
+        images.append(pixels.reshape(*pixels.shape[:2], -1))
+        if images[-1].shape != images[0].shape:
+            exit_with_error(f"{path}: is {images[-1].shape}, not {images[0].shape}; make all alike or see --image-size")
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return (images[: len(train)], labels), (images[len(train) :], test_labels)
 
 
 def split_sizes(config, images):
     """(How many of the first training images are trained on, from which one on they are held out)."""
     rest = images - config.val_size
     size = config.train_size or rest
-    if not 1 <= size <= rest:
-        exit_with_error(f"--train-size, --val-size: {config.dataset} has {images} training images, too few for these")
-    if config.sharpness > size:
-        exit_with_error(f"--sharpness {config.sharpness}: is more than the {size} training images")
-    if config.batch_size < config.processes or any(
-        0 < images < config.processes for images in (size % config.batch_size, config.val_size)
-    ):
+    if not max(1, config.sharpness) <= size <= rest:
+        given = f"--train-size {size}, --val-size {config.val_size}, --sharpness {config.sharpness}"
+        exit_with_error(f"{given}: too many for the {images} training images of {config.dataset}")
+    shared = config.batch_size, size % config.batch_size or config.batch_size, config.val_size or config.processes
+    if min(shared) < config.processes:
         exit_with_error(f"--batch-size {config.batch_size}, --val-size {config.val_size}: leave a process no image")
     return size, rest
 
 
 def load_data(config):
     """The run's Data on its device: the last val_size training images held out, the first train_size of the rest."""
-    if config.dataset not in DATASETS and not Path(config.dataset).is_dir():
-        exit_with_error(f"--dataset {config.dataset}: neither a folder of images nor one of {', '.join(DATASETS)}")
-    is_folder = config.dataset not in DATASETS
-    (inputs, targets), test = read_folder(config.dataset) if is_folder else DATASETS[config.dataset](config)
+    (inputs, targets), test = DATASETS.get(config.dataset, lambda config: read_folder(config.dataset))(config)
     size, rest = split_sizes(config, len(targets))
     if targets.is_floating_point() and config.loss != "mse":
         exit_with_error(f"--loss {config.loss}: the targets of {config.dataset} are numbers, which need --loss mse")
@@ -307,29 +259,25 @@ def load_data(config):
         return Split(inputs.to(config.device).contiguous(), targets.to(config.device))
 
     train, val = split(inputs[:size], targets[:size]), split(inputs[rest:], targets[rest:])
-    augment = is_folder or config.dataset.startswith("cifar")
     outputs = targets.shape[1] if targets.is_floating_point() else int(targets.max()) + 1
+    augment = config.dataset not in DATASETS or config.dataset.startswith("cifar")
     return Data(train, val, split(*test), train.inputs.shape[1:], outputs, augment)
 
 
 def crop_and_flip(images, moves, pad=4):
-    """Pads (B, C, H, W) images with zeros, crops each to H x W at its own offset, flips where told.
-
-    moves: (B, 3) integers, for each image the crop's row and column, 0 to 2 pad, and 1 to flip left and right.
-    """
+    """Pads (B, C, H, W) images and crops each to H x W; moves (B, 3): its row and column up to 2 pad, 1 to flip it."""
     height, width = images.shape[2:]
     rows = moves[:, :1] + torch.arange(height, device=images.device)
     cols = moves[:, 1:2] + torch.arange(width, device=images.device)
     cols = torch.where(moves[:, 2:] > 0, cols.flip(1), cols)
-    image = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
-    channel = torch.arange(images.shape[1], device=images.device).view(-1, 1, 1)
-    # all four axes are indexed: with slices among them the result would have NHWC strides, slow on a CPU
-    return F.pad(images, [pad] * 4)[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
+    pixels = (rows[:, :, None] * (width + 2 * pad) + cols[:, None]).view(len(images), 1, -1)
+    return F.pad(images, [pad] * 4).flatten(2).gather(2, pixels.expand(-1, images.shape[1], -1)).view_as(images)
 
 
 @functools.cache
 def channel_stats(device, dtype):
-    return [torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1) for values in (MEAN, STD)]
+    stats = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean and deviation of CIFAR-10's channels
+    return [torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1) for values in stats]
 
 
 def normalize(inputs):
@@ -337,25 +285,21 @@ def normalize(inputs):
     if inputs.dtype != torch.uint8:
         return inputs
     x = inputs / 255
-    if inputs.shape[1] == 3:
-        mean, std = channel_stats(x.device, x.dtype)
-        x = (x - mean) / std
-    return x
+    if inputs.shape[1] != 3:
+        return x
+    mean, std = channel_stats(x.device, x.dtype)
+    return (x - mean) / std
 
 
 def batches(data, config, epoch, *targets):
-    """Yields an epoch's training batches: the inputs, and their rows of each tensor in `targets` (data.train's own).
-
-    Order and augmentation are functions of (seed, epoch) alone. Under torchrun each process gets its share.
-    """
-    rng, n = np.random.default_rng((config.seed, epoch)), len(data.train.targets)
+    """Yields an epoch's batches, this process's share of each: inputs, their rows of every `targets` (train's own)."""
+    rng, n = np.random.default_rng((config.seed, epoch)), len(data.train.targets)  # the same for SGD and SAM
     order = torch.from_numpy(rng.permutation(n)).to(config.device)
     targets = [tensor[order] for tensor in targets or [data.train.targets]]
     if data.augment:
         moves = torch.from_numpy(rng.integers(0, (9, 9, 2), (n, 3))).to(config.device)
     rank, world = processes()
-    starts = range(0, n, config.batch_size)
-    shares = [slice(start + rank, min(start + config.batch_size, n), world) for start in starts]
+    shares = [slice(start + rank, start + config.batch_size, world) for start in range(0, n, config.batch_size)]
     inputs_of = data.train.select([order[share] for share in shares], (config.seed, epoch))
     for share, inputs in zip(shares, inputs_of):
         if data.augment:
@@ -397,6 +341,7 @@ def squared_error(outputs, targets):
 
 
 LOSSES = {"ce": F.cross_entropy, "mse": squared_error}
+PLACE = {"device", "results", "force", "workers", "name", "defaults"}  # not what a run computes, but where and how
 
 
 def learning_rate(config, step, steps_per_epoch):
@@ -412,35 +357,32 @@ def learning_rate(config, step, steps_per_epoch):
 
 
 class Scores:
-    """Mean loss and accuracies over an epoch's batches, or over a data set, without a wait for the device on the way.
-
-    Batches are kept and scored a few dozen at a time, which costs a small network a fifth of scoring each.
-    """
+    """Mean loss and accuracies over an epoch's batches, or a data set, without a wait for the device on the way."""
 
     def __init__(self, loss_fn):
-        self.loss_fn, self.kept, self.sums, self.count = loss_fn, [], 0, 0
+        self.loss_fn, self.kept, self.sums = loss_fn, [], 0
 
     def add(self, outputs, *targets):
         """A batch's outputs (B, D); the loss is that of the first targets (B, ...), the accuracies of each labels."""
         self.kept.append((outputs.detach(), *targets))
-        if len(self.kept) == 64:
+        if len(self.kept) == 64:  # to score each batch would cost a small network five times that
             self.reduce()
 
     def reduce(self):
         outputs, *targets = map(torch.cat, zip(*self.kept))
         guesses = outputs.argmax(1)
         hits = [(guesses == y).sum() for y in targets if not y.is_floating_point()]
-        self.sums = self.sums + torch.stack([self.loss_fn(outputs, targets[0]) * len(outputs), *hits])
-        self.count, self.kept = self.count + len(outputs), []
+        count = outputs.new_full((), len(outputs))
+        self.sums = self.sums + torch.stack([self.loss_fn(outputs, targets[0]) * count, *hits, count])
+        self.kept = []
 
     def means(self, *names):
         """{name: mean}, the loss first, over all processes; accuracies only where targets are labels."""
         if self.kept:
             self.reduce()
-        sums = torch.cat([self.sums, self.sums.new_tensor([self.count])])
         if dist.is_initialized():
-            dist.all_reduce(sums)
-        *sums, count = sums.tolist()
+            dist.all_reduce(self.sums)
+        *sums, count = self.sums.tolist()
         return {name: total / count for name, total in zip(names, sums)}
 
 
@@ -449,6 +391,9 @@ def evaluate(model, loss_fn, split, name, batch_size=1000):
     """{name_loss, name_acc} of the model in eval mode, each process scoring its share; {} of an empty split."""
     if not len(split.targets):
         return {}
+    if dist.is_initialized():
+        for buffer in model.buffers():  # BatchNorm's running statistics: the main process's
+            dist.broadcast(buffer, 0)
     model.eval()
     scores = Scores(loss_fn)
     rank, world = processes()
@@ -461,16 +406,13 @@ def evaluate(model, loss_fn, split, name, batch_size=1000):
 def last_layer(model):
     """The parameters of the last module that has any."""
     last_first = reversed([*model.modules()])  # at every step of SAM, so the others' are not listed
-    return next(list(m.parameters()) for m in last_first if list(m.parameters(recurse=False)))
+    return next(filter(None, (list(m.parameters(recurse=False)) for m in last_first)))
 
 
 def last_layer_share(model):
     """The last layer's share of |g|^2, a tensor, 0 where g is 0."""
-    last = last_layer(model)
-    others = [p for p in model.parameters() if all(p is not q for q in last)]
-    grads = [[p.grad for p in group if p.grad is not None] for group in (others, last)]
-    squares = torch.stack(torch._foreach_norm(grads[0] + grads[1])) ** 2
-    return squares[len(grads[0]) :].sum() / squares.sum().clamp(min=1e-38)
+    squares = torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])) ** 2
+    return squares[-len(last_layer(model)) :].sum() / squares.sum().clamp(min=1e-38)  # it comes last
 
 
 def drop_gradients(model, perturb):
@@ -483,11 +425,8 @@ def drop_gradients(model, perturb):
 
 
 def largest_eigenpair(product, vector, tolerance=1e-4, basis=24, restarts=40):
-    """Largest eigenvalue of a symmetric matrix, known by `product` (n,) -> (n,), and |Av - cv| / |c| of its vector.
-
-    Lanczos iteration from `vector`, orthogonalized in full, restarted from its best vector until the residual is small.
-    """
-    for _ in range(restarts):
+    """Largest eigenvalue of a symmetric matrix, known by `product` (n,) -> (n,), and |Av - cv| / |c| of its vector."""
+    for _ in range(restarts):  # of Lanczos iteration, orthogonalized in full, from the best vector so far
         vectors, images = [], []
         while len(images) < basis and vector.norm() > 1e-6 * (images[-1].norm() if images else 0):
             vectors.append(vector / vector.norm())
@@ -510,23 +449,20 @@ def sharpness(model, loss, images, targets, masks=None, probes=100):
     """Curvature of the mean of loss(model(images), targets) at the model's weights, in eval mode; moves nothing.
 
     loss: the mean over its batch, of (B, D) outputs and (B, ...) targets. masks: for each parameter a tensor like it, 0
-    where a weight is pruned, or None; pruned directions do not count. A dict of numbers, of Section 6 of the paper:
+    where a weight is pruned: such directions do not count. A dict of numbers, of Section 6 of the paper:
     `images`, how many; `lambda_max`, the Hessian's largest eigenvalue, and `trace`; `s2`, the root of the largest
     eigenvalue of mean_i H_i^2 - H^2 over the images' Hessians; `*_residual`, |Av - cv| / |c| of the eigenvector found;
     `trace_se`, the standard error over random probes, 0 where the network is so small that the trace is computed whole.
     """
     weights = {name: p.detach() for name, p in model.named_parameters()}
     sizes = [w.numel() for w in weights.values()]
-    masks = [torch.ones_like(w) if m is None else m for w, m in zip(weights.values(), masks or [None] * len(weights))]
-    mask, count = torch.cat([m.flatten() for m in masks]), sum(sizes)
+    mask, count = torch.cat([m.flatten() for m in masks or map(torch.ones_like, weights.values())]), sum(sizes)
 
     def hessian_product(vector, x, y):
-        def loss_at(weights):
-            return loss(torch.func.functional_call(model, weights, (x,)), y)
-
+        gradient = torch.func.grad(lambda weights: loss(torch.func.functional_call(model, weights, (x,)), y))
         parts = (mask * vector).split(sizes)
         tangents = {name: part.view_as(w) for (name, w), part in zip(weights.items(), parts)}
-        _, product = torch.func.jvp(torch.func.grad(loss_at), (weights,), (tangents,))
+        product = torch.func.jvp(gradient, (weights,), (tangents,))[1]
         return mask * torch.cat([p.flatten() for p in product.values()])
 
     def mean(product, chunk):
@@ -544,18 +480,16 @@ def sharpness(model, loss, images, targets, masks=None, probes=100):
 
     training, rng = model.training, torch.Generator().manual_seed(0)
     model.eval()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # torch's own, at the first jvp
-        start = mask * torch.randn(count, generator=rng).to(mask)
-        value, residual = largest_eigenpair(product, start)
-        spread, spread_residual = largest_eigenpair(spread_product, start)
-        if count <= 4096:
-            columns = torch.cat([torch.vmap(product)(rows) for rows in torch.eye(count).to(mask).split(64)])
-            trace, error = columns.trace().item(), 0.0
-        else:
-            signs = (2 * torch.randint(2, (count,), generator=rng).to(mask) - 1 for _ in range(probes))
-            traces = torch.stack([v @ product(v) for v in signs])
-            trace, error = traces.mean().item(), traces.std().item() / probes**0.5
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # torch's own, at the first jvp
+    start = mask * torch.randn(count, generator=rng).to(mask)
+    value, residual = largest_eigenpair(product, start)
+    spread, spread_residual = largest_eigenpair(spread_product, start)
+    if count <= 1000:
+        trace, error = sum(v @ product(v) for v in torch.eye(count).to(mask)).item(), 0.0
+    else:
+        signs = (2 * torch.randint(2, (count,), generator=rng).to(mask) - 1 for _ in range(probes))
+        traces = torch.stack([v @ product(v) for v in signs])
+        trace, error = traces.mean().item(), traces.std().item() / probes**0.5
     model.train(training)
     found = {"images": len(images), "lambda_max": value, "lambda_max_residual": residual}
     return found | {"trace": trace, "trace_se": error, "s2": max(spread, 0) ** 0.5, "s2_residual": spread_residual}
@@ -582,16 +516,6 @@ def is_main():
     return processes()[0] == 0
 
 
-@contextlib.contextmanager
-def main_process_first():
-    """Others wait until the main process has been through."""
-    if dist.is_initialized() and not is_main():
-        dist.barrier()
-    yield
-    if dist.is_initialized() and is_main():
-        dist.barrier()
-
-
 def from_main(value):
     """The main process's value."""
     box = [value]
@@ -609,36 +533,6 @@ def average_gradients(model, size):
         grad.copy_(mean.view_as(grad))
 
 
-def average(value):
-    """The mean over processes of a scalar tensor, as a number."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value.item() / processes()[1]
-
-
-def broadcast_buffers(model):
-    """Makes BatchNorm's running statistics those of the main process."""
-    for buffer in model.buffers():
-        dist.broadcast(buffer, 0)
-
-
-def require_same_everywhere(runs):
-    """Ends the program where processes were given different runs, or results folders that are not one and the same."""
-    probe = Path(runs[0].results, from_main(f".{uuid.uuid4().hex}"))
-    if is_main():
-        write(probe, lambda file: None)
-    dist.barrier()
-    told = [None] * processes()[1]
-    dist.all_gather_object(told, ([training_settings(vars(config)) for config in runs], probe.exists()))
-    if is_main():
-        probe.unlink()
-    dist.barrier()
-    if any(settings != told[0][0] for settings, _ in told):
-        exit_with_error("the processes were given different flags; start them all with the same command")
-    if not all(seen for _, seen in told):
-        exit_with_error(f"--results {runs[0].results}: is not one folder for all processes; name one that they share")
-
-
 def exit_with_error(message, everywhere=True):
     """Ends the program over something the user can mend, seen by all processes or not: one line on stderr, status 2."""
     if not everywhere or os.environ.get("RANK", "0") == "0":
@@ -646,23 +540,15 @@ def exit_with_error(message, everywhere=True):
     sys.exit(2)
 
 
-def warn(message):
-    if is_main():
-        tqdm.write(message, file=sys.stderr)
+def bounded_number(kind, low, below=math.inf):
+    """An argparse type: an int or a float, at least `low` and below `below`."""
 
-
-def bounded_number(kind, low, high=math.inf, below=False):
-    """An argparse type: a finite int or float from low to high, or below high."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or (below and value == high) or not math.isfinite(value):
-            limit = f" and {'below' if below else 'at most'} {high}" if high < math.inf else " and finite"
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{limit}")
+    def number(text):
+        if not low <= (value := kind(text)) < below:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and below {below}")
         return value
 
-    parse.__name__ = kind.__name__
-    return parse
+    return number
 
 
 def hidden_layers(text):
@@ -672,32 +558,26 @@ def hidden_layers(text):
 
 
 def flags(doc, settings, *models):
-    """The parser of the flags that all scripts share.
-
-    settings: name -> {flag: default} of the script's workloads, for the help; main() is told which one a run has.
-    models: "hidden", "filters" or both: the flags of the widths, of which, where both are named, one must be given.
-    """
+    """The parser of the shared flags. settings: workload -> {flag: default}, for the help; models: hidden, filters."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
+    parser.set_defaults(hidden=None, filters=None)
     parser.error = lambda message: exit_with_error(f"{message} (--help lists the flags)")
     group = parser.add_mutually_exclusive_group(required=True) if len(models) > 1 else parser
-    for flag, kind, default, metavar, text in (
-        ("hidden", hidden_layers, "300-100", "H[-H...]", "widths of the MLP's hidden layers"),
-        ("filters", bounded_number(int, 1, 10**6), 64, "K", "filters of the ResNet's first stage"),
-    ):
-        if flag in models:
-            default = [default] if models == (flag,) else None
-            text += f" (default: {default[0]})" if default else ""
-            group.add_argument(f"--{flag}", type=kind, nargs="+", default=default, metavar=metavar, help=text)
 
-    def add(flag, text, default=None, **more):
+    def add(flag, text, default=None, to=parser, **more):
         values = [one[flag] for one in settings.values() if flag in one] or [default]
         shown = " or ".join(dict.fromkeys(str(v).strip("[]") for v in values if v is not None and v is not False))
         text += f" (default: {shown})" if shown else ""
-        parser.add_argument("--" + flag.replace("_", "-"), default=default, help=text, **more)
+        to.add_argument("--" + flag.replace("_", "-"), default=default, help=text, **more)
 
-    seed = bounded_number(int, 0, 2**63, below=True)
     some, positive, switch = bounded_number(int, 0), bounded_number(int, 1), {"action": "store_true", "default": False}
+    if "hidden" in models:
+        more = {"to": group, "type": hidden_layers, "nargs": "+", "metavar": "H[-H...]"}
+        add("hidden", "widths of the MLP's hidden layers", None if models[1:] else "300-100", **more)
+    if "filters" in models:
+        more = {"to": group, "type": bounded_number(int, 1, 10**6), "nargs": "+", "metavar": "K"}
+        add("filters", "filters of the ResNet's first stage", None if models[1:] else 64, **more)
     add("sam", "SAM around SGD, instead of SGD alone", **switch)
     add("rho", "SAM's radius (default: 0.05)", type=bounded_number(float, 0), nargs="+", metavar="R")
     add("adaptive", "ASAM's scaling of the perturbation", **switch)
@@ -705,14 +585,21 @@ def flags(doc, settings, *models):
     add("epochs", "passes over the training images", type=positive, metavar="N")
     add("batch_size", "images a step, over all processes", type=positive, metavar="N")
     add("lr", "learning rate", type=bounded_number(float, 1e-12), metavar="X")
-    add("momentum", "SGD's momentum", type=bounded_number(float, 0, 1, below=True), metavar="X")
+    add("momentum", "SGD's momentum", type=bounded_number(float, 0, 1), metavar="X")
     add("weight_decay", "L2 penalty, outside SAM's perturbation", type=bounded_number(float, 0), metavar="X")
     add("schedule", "the learning rate's course; step: x0.1 at milestones", choices=["step", "cosine", "constant"])
     add("warmup", "linear warm-up of the learning rate", 0, type=some, metavar="STEPS")
     add("loss", "cross-entropy, or squared error summed over the outputs", choices=list(LOSSES))
     add("sharpness", "after training, measure the Hessian on the first N training images", 0, type=some, metavar="N")
-    add("seed", "of weights, order, augmentation, noise, pruning", [0], type=seed, nargs="+", metavar="N")
-    add("dataset", f"{', '.join(DATASETS)}, or a folder with train/ and test/ class folders", metavar="NAME")
+    add(
+        "seed",
+        "of weights, order, augmentation, noise, pruning",
+        [0],
+        nargs="+",
+        type=bounded_number(int, 0, 2**63),
+    )
+    names = f"{', '.join(DATASETS)}, or a folder with train/ and test/ class folders"
+    add("dataset", names, type=lambda name: name.lower() if name.lower() in DATASETS else name, metavar="NAME")
     add("data_dir", "where torchvision finds its data or downloads it to", "data", metavar="DIR")
     add("train_size", "only the first N training images", type=positive, metavar="N")
     add("val_size", "the last N training images are held out and scored", 0, type=some, metavar="N")
@@ -727,45 +614,31 @@ def flags(doc, settings, *models):
 
 def parse(parser, settings_of):
     """Every run that the command line asks for, as a namespace of single values, with its name and its defaults."""
+    processes = int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+    parser.set_defaults(**settings_of(parser.parse_args()), script=Path(sys.argv[0]).stem, processes=processes)
     args = parser.parse_args()
+    defaults = {key: parser.get_default(key) for key in vars(args)} | {"processes": 1}
+    defaults = {key: value[0] if isinstance(value, list) else value for key, value in defaults.items()}
     if not args.sam and (args.rho or args.adaptive or args.perturb != "all"):
         parser.error("--rho, --adaptive and --perturb need --sam")
     args.rho = args.rho or ([0.05] if args.sam else [None])
-    args.script = Path(sys.argv[0]).stem
-    args.processes = int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
-    args.hidden, args.filters = getattr(args, "hidden", None), getattr(args, "filters", None)
-    if args.dataset and args.dataset.lower() in DATASETS:
-        args.dataset = args.dataset.lower()
-    defaults = {key: parser.get_default(key) for key in vars(args)} | {"processes": 1, "rho": None}
-    defaults |= settings_of(args)
-    for key, value in defaults.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
-    if args.processes > 1 and re.fullmatch(r"cuda:\d+", args.device):
+    if processes > 1 and re.fullmatch(r"cuda:\d+", args.device):
         parser.error(f"--device {args.device}: under torchrun each process takes a GPU of its own; give --device cuda")
     try:
         torch.empty(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         exit_with_error(f"--device {args.device}: cannot be used here ({str(error).splitlines()[0][:100]})")
-
-    defaults = {key: value[0] if isinstance(value, list) else value for key, value in defaults.items()}
     lists = {key: dict.fromkeys(value) for key, value in vars(args).items() if isinstance(value, list)}
     combinations = (dict(zip(lists, values)) for values in itertools.product(*lists.values()))
-    runs = [argparse.Namespace(**vars(args) | values, defaults=defaults) for values in combinations]
-    for config in runs:
-        config.name = run_name(config)
-    return runs
-
-
-PLACE = {"device", "results", "force", "workers", "name", "defaults"}  # not what a run computes, but where and how
+    runs = (argparse.Namespace(**vars(args) | values, defaults=defaults) for values in combinations)
+    return [argparse.Namespace(**vars(config), name=run_name(config)) for config in runs]
 
 
 def run_name(config):
     """Whatever differs from run to run, so that no two share a file: the sweep's flags first, then the unusual ones."""
     named = {"script", "dataset", "hidden", "filters", "noise", "pruner", "sparsity", "sam", "rho", "adaptive", "seed"}
     model = f"mlp{config.hidden}" if config.hidden else f"resnet{config.filters}" if config.filters else config.script
-    parts = [config.dataset, model]
-    parts += [f"noise{config.noise}"] if "noise" in config else []
+    parts = [config.dataset, model] + ([f"noise{config.noise}"] if "noise" in config else [])
     parts += [f"{config.pruner}{config.sparsity}"] if "sparsity" in config else []
     parts += [f"{'a' * config.adaptive}sam-rho{config.rho}" if config.sam else "sgd", f"seed{config.seed}"]
     for key, value in vars(config).items():
@@ -775,34 +648,18 @@ def run_name(config):
     return name if len(name) < 180 else f"{name[:160]}-{uuid.uuid5(uuid.NAMESPACE_URL, name).hex[:16]}"
 
 
-def training_settings(config):
-    """The settings, a dict, that a result file or checkpoint must agree on to belong to a run."""
-    settings = {key: value for key, value in config.items() if key not in PLACE}
-    return json.loads(json.dumps(settings))  # tuples become lists, as in a file
-
-
-def difference(config, found):
-    """What sets the settings `found` in a file apart from the run's, '' if nothing; a missing one is at its default."""
-    found, settings = training_settings(config.defaults | found), training_settings(vars(config))
-    return ", ".join(f"{key} {found.get(key)}, not {value}" for key, value in settings.items() if found[key] != value)
-
-
-def write(path, save):
-    """A file that save(file) fills: it appears whole or not at all, whoever else writes it and if the power goes."""
+def write(path, content):
+    """A file with these bytes: it appears whole or not at all, whoever else writes it and if the power goes."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            save(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        error = error if isinstance(error, OSError) else error.__context__  # torch.save hides the disk's error
-        if not isinstance(error, OSError):
-            raise
-        reason = f"can't be written to ({error.strerror}); what was written before is intact"
-        exit_with_error(f"--results: {path.parent} {reason}")
+    except OSError as error:
+        exit_with_error(f"--results: can't write to {path.parent} ({error.strerror}); what was there is intact")
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -810,42 +667,31 @@ def write(path, save):
 
 def set_aside(path, reason):
     """Renames a file that is not this run's, to a name of its own, and says so."""
-    names = (path.with_name(f"{path.name}.bad{number or ''}") for number in itertools.count())
-    aside = next(name for name in names if not name.exists())
-    warn(f"{path}: torn or of another run ({reason}); set aside as {aside.name}, and this run starts anew")
-    with contextlib.suppress(FileNotFoundError):  # another process has moved it
-        path.replace(aside)
+    aside = next(p for n in itertools.count() if not (p := path.with_name(f"{path.name}.bad{n or ''}")).exists())
+    tqdm.write(f"{path}: torn or of another run ({reason}); now {aside.name}; this run starts anew", file=sys.stderr)
+    path.replace(aside)
 
 
 def result_path(config):
     return Path(config.results, config.script, config.name + ".json")
 
 
-def read_result(path):
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if result["status"] not in ("done", "diverged"):
-        raise ValueError("not finished")
-    return result
-
-
-def read_checkpoint(path):
-    with zipfile.ZipFile(path) as archive:  # torch's format; checks every byte
-        if archive.testzip() or not any(name.endswith("data.pkl") for name in archive.namelist()):
-            raise ValueError("damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_own(path, read, config):
-    """What read(path) returns where it is this run's, else None; a file that is torn or another run's is set aside.
-
-    Errors that say nothing of the file, of the disk or of memory, end the program and leave it.
-    """
+def read_own(path, config):
+    """The result or checkpoint at `path` where it is this run's, else None; one torn or of another run is set aside."""
     try:
-        content = read(path)
-        reason = difference(config, content["config"])
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with zipfile.ZipFile(path) as archive:  # torch's format
+                if archive.testzip():  # checks every byte
+                    raise ValueError("damaged")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        found, settings = json.loads(json.dumps([config.defaults | content["config"], vars(config)]))  # no tuples
+        differing = (key for key in settings if key not in PLACE and found[key] != settings[key])
+        reason = ", ".join(f"{key} {found[key]}, not {settings[key]}" for key in differing)
     except FileNotFoundError:
         return None
-    except OSError as error:
+    except OSError as error:  # of the disk: says nothing of the file
         exit_with_error(f"--results: {path} can't be read ({error.strerror}); it is left as it is")
     except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__} {error}".splitlines()[0]
@@ -856,15 +702,14 @@ def read_own(path, read, config):
 
 @functools.cache
 def environment(device):
-    git, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], None
-    with contextlib.suppress(OSError):  # no git
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision")}
-    found["device"] = torch.cuda.get_device_name(device) if "cuda" in device else platform.machine()
-    return found | {"threads": torch.get_num_threads(), "commit": commit or None}
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    name = torch.cuda.get_device_name(device) if "cuda" in device else platform.machine()
+    env = {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": torchvision.__version__}
+    return env | {"device": name, "threads": torch.get_num_threads(), "commit": git.stdout.strip() or None}
 
 
-PROGRESS_SECONDS = 30  # between lines where there is no terminal for a bar
+def tested(row):
+    return f"test {row['test_acc']:.2%}" if "test_acc" in row else f"test loss {row['test_loss']:.4f}"
 
 
 class Recorder:
@@ -874,46 +719,36 @@ class Recorder:
         self.config, self.model, self.optimizer = config, model, optimizer
         self.path = result_path(config)
         self.checkpoint = self.path.with_suffix(".ckpt")
-        self.history, self.seconds, self.status = [], 0.0, "done"
-        self.env = dict(environment(config.device))  # now: the commit may be another when the run ends
-        if config.force and is_main():
-            self.checkpoint.unlink(missing_ok=True)
-        self.load()
-        self.bar = tqdm(
-            total=config.epochs, initial=len(self.history), disable=None if is_main() else True, leave=False,
-            bar_format="{n}/{total} |{bar:20}| {remaining} left{postfix}",
-        )  # fmt: skip
-        self.clock = self.saved = self.spoke = time.perf_counter()
-        self.save_cost = 0.0
-
-    def load(self):
-        """Goes on from the checkpoint if there is one; under torchrun all processes from what the main one has read."""
-        state = from_main(read_own(self.checkpoint, read_checkpoint, self.config) if is_main() else None)
+        self.history, self.status, self.save_cost, self.env = [], "done", 0.0, environment(config.device)
+        state = from_main(read_own(self.checkpoint, config) if is_main() and not config.force else None)
         try:
             if state:
                 self.restore(state)
         except (ValueError, KeyError, TypeError) as error:  # a whole file, but its script was another
             if is_main():
                 set_aside(self.checkpoint, error)
+        where = {"initial": len(self.history), "disable": None if is_main() else True, "leave": False}
+        self.bar = tqdm(total=config.epochs, bar_format="{n}/{total} |{bar:20}| {remaining} left{postfix}", **where)
+        self.clock = self.saved = self.spoke = time.perf_counter()
 
     def restore(self, state):
         shapes = [{name: w.shape for name, w in one.items()} for one in (state["model"], self.model.state_dict())]
         if shapes[0] != shapes[1]:
             raise ValueError("another model")
-        history, seconds, commit = state["history"], state["seconds"], state["commit"]  # these raise, or
-        self.optimizer.load_state_dict(state["optimizer"])  # this, before anything changes
+        history, env = state["history"], state["env"]  # these raise, or this, before anything changes
+        self.optimizer.load_state_dict(state["optimizer"])
         self.model.load_state_dict(state["model"])
-        self.history, self.seconds, self.env["commit"] = history, seconds, commit
+        self.history, self.env = history, env  # of the run's beginning: the commit may be another now
         for p, buffers in self.optimizer.state.items():  # fused kernels assume that they lie in memory as p does
             alike = {key: value for key, value in buffers.items() if getattr(value, "shape", None) == p.shape}
             buffers.update((key, torch.empty_like(p, requires_grad=False).copy_(v)) for key, v in alike.items())
 
     def save(self):
-        config = training_settings(vars(self.config))
-        state = {"config": config, "history": self.history, "seconds": self.seconds, "commit": self.env["commit"]}
+        state = {"config": vars(self.config), "history": self.history, "env": self.env}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        began = time.perf_counter()
-        write(self.checkpoint, lambda file: torch.save(state, file))
+        began, buffer = time.perf_counter(), io.BytesIO()
+        torch.save(state, buffer)
+        write(self.checkpoint, buffer.getbuffer())
         self.saved = time.perf_counter()
         self.save_cost = self.saved - began
 
@@ -926,33 +761,25 @@ class Recorder:
         """Adds an epoch's numbers to the history, or ends the run where one isn't finite; saves a checkpoint if due."""
         now = time.perf_counter()
         row["seconds"] = round(now - self.clock, 4)
-        self.seconds += row["seconds"]
         if not all(map(math.isfinite, row.values())):
             self.status = "diverged"
             return
         self.history.append(row)
-        self.report(row)
-        is_last = len(self.history) == self.config.epochs
-        due = now - self.saved >= max(1, 50 * self.save_cost)  # at most 2% of the time goes into checkpoints
-        if is_main() and (due or (is_last and self.config.sharpness)):
-            self.save()
-        self.clock = time.perf_counter()
-
-    def report(self, row):
-        """A step of the progress bar, or where there is no terminal a line now and then."""
-        tested = f"test {row['test_acc']:.2%}" if "test_acc" in row else f"test loss {row['test_loss']:.4f}"
-        numbers, left = f"loss {row['train_loss']:.4f}, {tested}", self.config.epochs - row["epoch"]
+        left, numbers = self.config.epochs - row["epoch"], f"loss {row['train_loss']:.4f}, {tested(row)}"
         self.bar.set_postfix_str(numbers, refresh=False)
         self.bar.update()
-        if is_main() and self.bar.disable and left and time.perf_counter() - self.spoke >= PROGRESS_SECONDS:
-            self.spoke = time.perf_counter()
-            left = datetime.timedelta(seconds=round(left * self.seconds / len(self.history)))
-            print(f"epoch {row['epoch']}/{self.config.epochs}: {numbers}, {left} left: {self.config.name}", flush=True)
+        if is_main() and self.bar.disable and left and now - self.spoke >= 30:  # no terminal: a line now and then
+            self.spoke, wait = now, datetime.timedelta(seconds=round(left * row["seconds"]))
+            print(f"epoch {row['epoch']} of {self.config.name}: {numbers}, {wait} left", flush=True)
+        due = now - self.saved >= max(1, 50 * self.save_cost)  # at most 2% of the time goes into checkpoints
+        if is_main() and (due or (self.config.sharpness and not left)):
+            self.save()
+        self.clock = time.perf_counter()
 
     def finish(self, **more):
         """Writes the result file, with whatever more is to be in it that is not None."""
         self.bar.close()
-        params = sum(p.numel() for p in self.model.parameters())
+        params, seconds = sum(p.numel() for p in self.model.parameters()), sum(row["seconds"] for row in self.history)
         last = self.history[-1] if self.history else {}
         accuracies = [row["test_acc"] for row in self.history if "test_acc" in row]
         result = {
@@ -961,66 +788,54 @@ class Recorder:
             **{"num_params": params, "num_nonzero": params, "status": self.status},
             **{key: last.get(key) for key in ("test_acc", "test_loss", "train_loss")},
             "best_test_acc": max(accuracies, default=None),
-            "env": self.env | {"seconds": round(self.seconds, 3)},
+            "env": self.env | {"seconds": round(seconds, 3)},
             **{key: value for key, value in more.items() if value is not None},
         }
         if not is_main():
             return
-        rows = ",\n".join(json.dumps(row, allow_nan=False) for row in self.history)
-        text = json.dumps(result, allow_nan=False).removesuffix("}") + f',\n"history": [\n{rows}\n]}}\n'
-        write(self.path, lambda file: file.write(text.encode()))
+        text = json.dumps(result | {"history": self.history}, allow_nan=False)
+        write(self.path, text.replace("}, {", "},\n{").encode())  # a line an epoch
         self.checkpoint.unlink(missing_ok=True)
         for left in self.path.parent.glob("*.tmp"):
             with contextlib.suppress(OSError):  # one that was killed has left it, if it isn't being written to
                 if left.name.startswith(f"{self.config.name}.") and time.time() - left.stat().st_mtime > 60:
                     left.unlink()
-        outcome = f"test loss {last['test_loss']:.4f}" if last else "no finite epoch"
-        if accuracies:
-            outcome = f"test {last['test_acc']:.2%} (best {max(accuracies):.2%})"
-        print(f"{self.status}: {self.config.name}: {outcome}, {self.seconds:.0f} s", flush=True)
-
-
-def keep_freed_memory():
-    """Has glibc keep what a step frees for the next one, not return it: page faults take a third of a ResNet's step."""
-    with contextlib.suppress(AttributeError, TypeError):  # another C library has no mallopt
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: none
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: never map
+        outcome = tested(last) if last else "no finite epoch"
+        outcome += f" (best {max(accuracies):.2%})" if accuracies else ""
+        print(f"{self.status}: {self.config.name}: {outcome}, {seconds:.0f} s", flush=True)
 
 
 def stop(signum, frame):
-    warn("stopped; the same command goes on from the last checkpoint")
+    if is_main():
+        tqdm.write("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
     sys.exit(128 + signum)
 
 
 def main(parser, train, settings_of):
-    """Calls train(config) for each of the command line's runs that has no finished result yet.
-
-    settings_of: function of the parsed flags that returns the {flag: default} which hold where a flag is not given.
-    """
+    """Calls train(config) for each run asked for that has no result; settings_of(parsed flags): {flag: default}."""
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    keep_freed_memory()
     torchrun = "LOCAL_RANK" in os.environ
     if torchrun and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     runs = parse(parser, settings_of)
-    if torchrun:
-        on_cuda = "cuda" in runs[0].device
-        dist.init_process_group(
-            "nccl" if on_cuda else "gloo",
-            timeout=datetime.timedelta(hours=2),  # the main process may have to download, and measures sharpness
-            device_id=torch.device("cuda", torch.cuda.current_device()) if on_cuda else None,
-        )
-        require_same_everywhere(runs)
-    todo = None
+    if torchrun:  # with hours to wait: the main process may have to download, and measures sharpness
+        device = torch.device("cuda", torch.cuda.current_device()) if "cuda" in runs[0].device else None
+        dist.init_process_group("nccl" if device else "gloo", timeout=datetime.timedelta(hours=2), device_id=device)
+    todo, probe = None, Path(runs[0].results, from_main(f".{uuid.uuid4().hex}"))
     if is_main():
-        todo = [c for c in runs if c.force or not read_own(result_path(c), read_result, c)]
+        todo = [c for c in runs if c.force or not read_own(result_path(c), c)]
         print(f"{len(runs)} runs, {len(runs) - len(todo)} already finished", flush=True)
         if todo:  # a folder that can't be written to is better noticed before training
-            write(probe := result_path(todo[0]).with_name(f".{uuid.uuid4().hex}"), lambda file: None)
-            probe.unlink()
+            write(probe, b"")
     todo = from_main(todo)
+    told = [([c.name for c in runs], probe.exists())] * processes()[1]
+    if torchrun:
+        dist.all_gather_object(told, told[0])
+    if is_main() and todo:
+        probe.unlink()
+    if any(one != told[0] for one in told):
+        exit_with_error(f"the processes have different flags, or --results {runs[0].results} is not one folder for all")
     for number, config in enumerate(todo, start=1):
         if is_main() and sys.stderr.isatty():
             print(f"run {number} of {len(todo)}: {config.name}")
@@ -1029,8 +844,7 @@ def main(parser, train, settings_of):
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
                 raise
-            advice = "try a smaller --batch-size or another --device"
-            exit_with_error(f"{config.name}: does not fit into memory; {advice}", everywhere=False)
+            exit_with_error(f"{config.name}: needs more memory; try a smaller --batch-size", everywhere=False)
         gc.collect()  # models under --amp and --compile hold themselves
     if torchrun:
         dist.destroy_process_group()

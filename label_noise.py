@@ -20,15 +20,14 @@ from common import (
     SAM,
     Recorder,
     Scores,
-    average,
     average_gradients,
     batches,
     bounded_number,
-    broadcast_buffers,
     build_model,
     drop_gradients,
     evaluate,
     flags,
+    from_main,
     frozen_bn_stats,
     last_layer_share,
     learning_rate,
@@ -93,12 +92,10 @@ def train(config):
             else:
                 optimizer.step()
             scores.add(outputs, y, clean_y)
-        if config.processes > 1:
-            broadcast_buffers(model)
         row = {"epoch": epoch, "lr": lr, **scores.means("train_loss", "train_acc", "train_clean_acc")}
         row |= evaluate(model, loss_fn, data.test, "test") | evaluate(model, loss_fn, data.val, "val")
         if sam:
-            row["last_layer_share"] = average(share / steps_per_epoch)
+            row["last_layer_share"] = from_main((share / steps_per_epoch).item())
         recorder.end_epoch(row)
 
     curvature = measure_sharpness(recorder, loss_fn, data.train, noisy)
@@ -108,5 +105,6 @@ def train(config):
 if __name__ == "__main__":
     parser = flags(__doc__, SETTINGS, "hidden", "filters")
     text = "fraction of the training labels replaced (default: 0.5)"
-    parser.add_argument("--noise", type=bounded_number(float, 0, 1), nargs="+", default=[0.5], metavar="P", help=text)
+    share = bounded_number(float, 0, math.nextafter(1, 2))  # 1 is allowed
+    parser.add_argument("--noise", type=share, nargs="+", default=[0.5], metavar="P", help=text)
     main(parser, train, lambda args: SETTINGS["hidden" if args.hidden else "filters"])

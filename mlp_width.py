@@ -22,15 +22,14 @@ from common import (
     SAM,
     Recorder,
     Scores,
-    average,
     average_gradients,
     batches,
-    broadcast_buffers,
     build_model,
     drop_gradients,
     evaluate,
     exit_with_error,
     flags,
+    from_main,
     frozen_bn_stats,
     last_layer_share,
     learning_rate,
@@ -126,12 +125,10 @@ def train(config):
             else:
                 optimizer.step()
             scores.add(outputs, y)
-        if config.processes > 1:
-            broadcast_buffers(model)
         row = {"epoch": epoch, "lr": lr, **scores.means("train_loss", "train_acc")}
         row |= evaluate(model, loss_fn, data.test, "test") | evaluate(model, loss_fn, data.val, "val")
         if sam:
-            row["last_layer_share"] = average(share / steps_per_epoch)
+            row["last_layer_share"] = from_main((share / steps_per_epoch).item())
         recorder.end_epoch(row)
 
     if is_curve and recorder.status == "done":

@@ -25,16 +25,16 @@ from common import (
     Recorder,
     ResNet18,
     Scores,
-    average,
     average_gradients,
     batches,
     bounded_number,
-    broadcast_buffers,
     build_model,
+    convolution,
     drop_gradients,
     evaluate,
     exit_with_error,
     flags,
+    from_main,
     frozen_bn_stats,
     last_layer_share,
     learning_rate,
@@ -52,10 +52,6 @@ CIFAR10 |= {"loss": "ce", "schedule": "step", "milestones": (0.5, 0.75), "warmup
 IMAGENET = CIFAR10 | {"epochs": 90, "batch_size": 512, "weight_decay": 1e-4}
 IMAGENET |= {"schedule": "cosine", "milestones": (), "warmup": 5000}
 SETTINGS = {18: CIFAR10, 50: IMAGENET}  # the paper's, by depth
-
-
-def convolution(inputs, outputs, size, stride=1):
-    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(outputs)
 
 
 class Bottleneck(nn.Module):
@@ -119,7 +115,8 @@ class Files:
         for images in self.loader:
             if isinstance(images, str):
                 exit_with_error(images, everywhere=False)
-            yield (images.to(self.mean.device, non_blocking=True).permute(0, 3, 1, 2) - self.mean) / self.std
+            images = images.to(self.mean.device, non_blocking=True).permute(0, 3, 1, 2)
+            yield (images.contiguous() - self.mean) / self.std  # NHWC strides under 4 filters crash some CPUs
 
 
 def ignore_interrupts(worker):
@@ -175,12 +172,10 @@ def train(config):
             else:
                 optimizer.step()
             scores.add(outputs, y)
-        if config.processes > 1:
-            broadcast_buffers(model)
         row = {"epoch": epoch, "lr": lr, **scores.means("train_loss", "train_acc")}
         row |= evaluate(model, loss_fn, data.test, "test", at_once) | evaluate(model, loss_fn, data.val, "val", at_once)
         if sam:
-            row["last_layer_share"] = average(share / steps_per_epoch)
+            row["last_layer_share"] = from_main((share / steps_per_epoch).item())
         recorder.end_epoch(row)
 
     curvature = measure_sharpness(recorder, loss_fn, data.train, data.train.targets)

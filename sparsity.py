@@ -20,15 +20,14 @@ from common import (
     SAM,
     Recorder,
     Scores,
-    average,
     average_gradients,
     batches,
     bounded_number,
-    broadcast_buffers,
     build_model,
     drop_gradients,
     evaluate,
     flags,
+    from_main,
     frozen_bn_stats,
     last_layer_share,
     learning_rate,
@@ -122,19 +121,21 @@ def train(config):
             else:
                 optimizer.step()
             scores.add(outputs, y)
-        if config.processes > 1:
-            broadcast_buffers(model)
         row = {"epoch": epoch, "lr": lr, **scores.means("train_loss", "train_acc")}
         row |= evaluate(model, loss_fn, data.test, "test") | evaluate(model, loss_fn, data.val, "val")
         if sam:
-            row["last_layer_share"] = average(share / steps_per_epoch)
+            row["last_layer_share"] = from_main((share / steps_per_epoch).item())
         recorder.end_epoch(row)
 
     recorder.finish(
         num_test=len(data.test.targets),
         num_nonzero=sum(p.numel() for p in model.parameters()) - removed,
         sharpness=measure_sharpness(
-            recorder, loss_fn, data.train, data.train.targets, [masks.get(p) for p in model.parameters()]
+            recorder,
+            loss_fn,
+            data.train,
+            data.train.targets,
+            [masks.get(p, torch.ones_like(p)) for p in model.parameters()],
         ),
     )
 
@@ -142,7 +143,7 @@ def train(config):
 if __name__ == "__main__":
     parser = flags(__doc__, SETTINGS, "hidden", "filters")
     text = "fraction of the kernel weights removed (default: 0.9)"
-    below_1 = bounded_number(float, 0, 1, below=True)
+    below_1 = bounded_number(float, 0, 1)
     parser.add_argument("--sparsity", type=below_1, nargs="+", default=[0.9], metavar="S", help=text)
     text = "how they are chosen (default: random)"
     parser.add_argument("--pruner", choices=["random", "snip", "magnitude"], default="random", help=text)

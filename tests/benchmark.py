@@ -180,7 +180,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     device = parser.parse_args().device
-    common.keep_freed_memory()  # as the scripts do
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads\n\n| what | ms | of what | ratio |")
     print("| --- | --- | --- | --- |")
 

@@ -235,7 +235,7 @@ def plain_run(model, data, config, rate, targets=None, masks=()):
                 if config.sam:
                     squares = [(g**2).sum().item() for g in grads]
                     in_last = sum(s for s, p in zip(squares, params) if id(p) in last)
-                    shares += in_last / sum(squares) / config.processes
+                    shares += in_last / sum(squares) if rank == 0 else 0  # of the main process's part
                     moves_too = [
                         config.perturb == "all" or (id(p) in last) == (config.perturb == "last") for p in params
                     ]

@@ -87,7 +87,7 @@ def test_an_epoch_stays_on_the_device_and_reads_nothing_from_it(fake, tmp_path, 
         with pytest.raises(Done) as done:
             script.train(config)
         (sums,) = done.value.args
-        assert sums.device.type == "cuda" and len(sums) == (3 if script is label_noise else 2)
+        assert sums.device.type == "cuda" and len(sums) == (4 if script is label_noise else 3)
         with pytest.raises(DataDependentOutputException):  # so would a read before
             sums[0].item()
 

@@ -22,8 +22,7 @@ def explicit(model, loss, x, y, masks=None):
     """lambda_max, trace and s2 from the images' whole Hessians, rows and columns of pruned weights taken out."""
     params = {name: p.detach() for name, p in model.named_parameters()}
     flat = torch.cat([p.flatten() for p in params.values()])
-    masks = [torch.ones_like(p) if m is None else m for p, m in zip(params.values(), masks or [None] * len(params))]
-    kept = torch.cat([m.flatten() for m in masks]) > 0
+    kept = torch.cat([m.flatten() for m in masks or map(torch.ones_like, params.values())]) > 0
 
     def loss_at(flat, x, y):
         parts = flat.split([p.numel() for p in params.values()])
@@ -61,7 +60,7 @@ def tiny_mlp():
 
 def some_masks(model):
     rng = torch.Generator().manual_seed(1)
-    return [(torch.rand(p.shape, generator=rng) < 0.4).to(p) if p.ndim > 1 else None for p in model.parameters()]
+    return [(torch.rand(p.shape, generator=rng) < (0.4 if p.ndim > 1 else 1)).to(p) for p in model.parameters()]
 
 
 def negative(outputs, y):
@@ -90,7 +89,7 @@ def test_a_wide_layers_closed_forms(float64, kept):
     the trace is estimated by random probes, whose variance is twice the sum of the squares off the diagonal."""
     torch.manual_seed(0)
     model, x, y = MLP((), 600, 10), torch.randn(30, 600) * torch.linspace(0.1, 2, 600), torch.arange(30) % 10
-    masks = [(torch.rand(10, 600) < kept).double(), None]
+    masks = [(torch.rand(10, 600) < kept).double(), torch.ones(10)]
     found = sharpness(model, LOSSES["mse"], x, y, masks)
     values, spreads, trace, variance = [], [], 0, 0
     for row in masks[0]:
@@ -170,9 +169,9 @@ def test_a_script_measures_its_own_loss_on_the_first_images_it_trains_on(monkeyp
     assert torch.equal(images, common.normalize(data.train.inputs[:17]))
     if script is sparsity:
         for p, mask in zip(model.parameters(), masks, strict=True):
-            assert mask is None if p.ndim == 1 else torch.equal(p != 0, mask)
+            assert torch.equal(mask, torch.ones_like(p) if p.ndim == 1 else p != 0)
     else:
-        assert masks is None or all(mask is None for mask in masks)
+        assert masks is None
 
 
 def test_without_the_flag_nothing_is_measured(tmp_path):
