@@ -26,17 +26,16 @@ import uuid
 import warnings
 import zipfile
 from collections import namedtuple
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch import distributed as dist
 from torch import nn
-from torchvision import datasets
 from tqdm import tqdm
 
 
@@ -157,12 +156,13 @@ class Split(namedtuple("Split", "inputs targets")):
             yield self.inputs.index_select(0, index)  # 15 times as fast as [] on a CPU
 
 
-Data = namedtuple("Data", "train val test shape outputs augment")  # shape of an input, how many classes or numbers
+Data = namedtuple("Data", "train val test shape outputs augment")  # shape: of an input; outputs: how many
 
 
 @functools.lru_cache(maxsize=1)
 def read_torchvision(name, data_dir):
     """torchvision's data set as ((images, labels), (test images, test labels)) in CPU memory, downloaded if need be."""
+    from torchvision import datasets  # here, since it takes seconds
 
     def read(train):
         which = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
@@ -175,8 +175,7 @@ def read_torchvision(name, data_dir):
         from_main(None)  # the others wait until it has downloaded
         return parts or (read(True), read(False))
     except Exception as error:  # torchvision raises all kinds: network, checksum, torn file, missing package
-        advice = "nor downloaded to it; remove damaged files there or put whole ones in their place"
-        exit_with_error(f"--dataset {name}: could not be read from --data-dir {data_dir} {advice} ({error!r})")
+        exit_with_error(f"--dataset {name}: no download, or torn files to remove in --data-dir {data_dir} ({error!r})")
 
 
 TORCHVISION = {name.lower(): name for name in ("MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100", "SVHN")}
@@ -199,6 +198,7 @@ def open_image(path):
 @functools.lru_cache(maxsize=1)
 def scan_folder(root):
     """((paths as bytes, labels), (test paths, test labels), number of classes) of a folder of class folders."""
+    from torchvision import datasets
 
     def shuffled(data):  # in one order for all: the first N images, and the last N, have every class
         order = np.random.default_rng(0).permutation(len(data.samples))
@@ -207,7 +207,7 @@ def scan_folder(root):
     parts = "train", "test" if Path(root, "test").is_dir() else "val"
     try:
         train, test = (datasets.ImageFolder(Path(root, part)) for part in parts)
-    except FileNotFoundError as error:  # no such folder, or none in it, or one without images
+    except OSError as error:  # no such folder, or none in it, or one without images
         needed = f"one of {', '.join(DATASETS)}, or a folder with train/ and test/, a folder of images for each class"
         exit_with_error(f"--dataset {root}: is not {needed} ({error})")
     if len(train.classes) < 2 or train.classes != test.classes:
@@ -227,7 +227,7 @@ def read_folder(root):
             exit_with_error(str(error))
         images.append(pixels.reshape(*pixels.shape[:2], -1))
         if images[-1].shape != images[0].shape:
-            exit_with_error(f"{path}: is {images[-1].shape}, not {images[0].shape}; make all alike or see --image-size")
+            exit_with_error(f"{path}: is {images[-1].shape}, not {images[0].shape}; try resnet_width.py --image-size")
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return (images[: len(train)], labels), (images[len(train) :], test_labels)
 
@@ -237,8 +237,10 @@ def split_sizes(config, images):
     rest = images - config.val_size
     size = config.train_size or rest
     if not max(1, config.sharpness) <= size <= rest:
-        given = f"--train-size {size}, --val-size {config.val_size}, --sharpness {config.sharpness}"
-        exit_with_error(f"{given}: too many for the {images} training images of {config.dataset}")
+        given = (
+            f"--sharpness {config.sharpness}, --train-size {config.train_size or 'all'}, --val-size {config.val_size}"
+        )
+        exit_with_error(f"{given}: too many for {images} training images, or the first larger than the second")
     shared = config.batch_size, size % config.batch_size or config.batch_size, config.val_size or config.processes
     if min(shared) < config.processes:
         exit_with_error(f"--batch-size {config.batch_size}, --val-size {config.val_size}: leave a process no image")
@@ -265,7 +267,7 @@ def load_data(config):
 
 
 def crop_and_flip(images, moves, pad=4):
-    """Pads (B, C, H, W) images and crops each to H x W; moves (B, 3): its row and column up to 2 pad, 1 to flip it."""
+    """Pads (B, C, H, W) images and crops each to H x W; moves (B, 3): row and column, 0 to 2 pad, and 1 to flip."""
     height, width = images.shape[2:]
     rows = moves[:, :1] + torch.arange(height, device=images.device)
     cols = moves[:, 1:2] + torch.arange(width, device=images.device)
@@ -365,7 +367,7 @@ class Scores:
     def add(self, outputs, *targets):
         """A batch's outputs (B, D); the loss is that of the first targets (B, ...), the accuracies of each labels."""
         self.kept.append((outputs.detach(), *targets))
-        if len(self.kept) == 64:  # to score each batch would cost a small network five times that
+        if len(self.kept) == 64:  # a small network would take a fifth longer if each were scored
             self.reduce()
 
     def reduce(self):
@@ -404,15 +406,15 @@ def evaluate(model, loss_fn, split, name, batch_size=1000):
 
 
 def last_layer(model):
-    """The parameters of the last module that has any."""
+    """The parameters with gradients of the last module that has any."""
     last_first = reversed([*model.modules()])  # at every step of SAM, so the others' are not listed
-    return next(filter(None, (list(m.parameters(recurse=False)) for m in last_first)))
+    return next(filter(None, ([p for p in m.parameters(recurse=False) if p.grad is not None] for m in last_first)))
 
 
 def last_layer_share(model):
     """The last layer's share of |g|^2, a tensor, 0 where g is 0."""
     squares = torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])) ** 2
-    return squares[-len(last_layer(model)) :].sum() / squares.sum().clamp(min=1e-38)  # it comes last
+    return squares[-len(last_layer(model)) :].sum() / squares.sum().clamp(min=1e-38)  # parameters() lists it last
 
 
 def drop_gradients(model, perturb):
@@ -484,7 +486,7 @@ def sharpness(model, loss, images, targets, masks=None, probes=100):
     start = mask * torch.randn(count, generator=rng).to(mask)
     value, residual = largest_eigenpair(product, start)
     spread, spread_residual = largest_eigenpair(spread_product, start)
-    if count <= 1000:
+    if count <= 4096:
         trace, error = sum(v @ product(v) for v in torch.eye(count).to(mask)).item(), 0.0
     else:
         signs = (2 * torch.randint(2, (count,), generator=rng).to(mask) - 1 for _ in range(probes))
@@ -540,14 +542,16 @@ def exit_with_error(message, everywhere=True):
     sys.exit(2)
 
 
-def bounded_number(kind, low, below=math.inf):
-    """An argparse type: an int or a float, at least `low` and below `below`."""
+def bounded_number(kind, low, high=math.inf, closed=False):
+    """An argparse type: an int or a float, at least `low` and below `high`; if closed, at most `high`."""
 
     def number(text):
-        if not low <= (value := kind(text)) < below:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and below {below}")
+        if not (low <= (value := kind(text)) < high or (closed and value == high)):
+            limit = f"{'at most' if closed else 'below'} {high}" if high < math.inf else "finite"
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and {limit}")
         return value
 
+    number.__name__ = kind.__name__  # as argparse calls it
     return number
 
 
@@ -591,13 +595,8 @@ def flags(doc, settings, *models):
     add("warmup", "linear warm-up of the learning rate", 0, type=some, metavar="STEPS")
     add("loss", "cross-entropy, or squared error summed over the outputs", choices=list(LOSSES))
     add("sharpness", "after training, measure the Hessian on the first N training images", 0, type=some, metavar="N")
-    add(
-        "seed",
-        "of weights, order, augmentation, noise, pruning",
-        [0],
-        nargs="+",
-        type=bounded_number(int, 0, 2**63),
-    )
+    seed = bounded_number(int, 0, 2**63)
+    add("seed", "of weights, order, augmentation, noise, pruning", [0], type=seed, nargs="+", metavar="N")
     names = f"{', '.join(DATASETS)}, or a folder with train/ and test/ class folders"
     add("dataset", names, type=lambda name: name.lower() if name.lower() in DATASETS else name, metavar="NAME")
     add("data_dir", "where torchvision finds its data or downloads it to", "data", metavar="DIR")
@@ -668,8 +667,9 @@ def write(path, content):
 def set_aside(path, reason):
     """Renames a file that is not this run's, to a name of its own, and says so."""
     aside = next(p for n in itertools.count() if not (p := path.with_name(f"{path.name}.bad{n or ''}")).exists())
-    tqdm.write(f"{path}: torn or of another run ({reason}); now {aside.name}; this run starts anew", file=sys.stderr)
-    path.replace(aside)
+    tqdm.write(f"{path}: not this run's, or torn ({reason}); now {aside.name}; the run starts anew", file=sys.stderr)
+    with contextlib.suppress(FileNotFoundError):  # another process has moved it
+        path.replace(aside)
 
 
 def result_path(config):
@@ -682,16 +682,15 @@ def read_own(path, config):
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
         else:
-            with zipfile.ZipFile(path) as archive:  # torch's format
-                if archive.testzip():  # checks every byte
-                    raise ValueError("damaged")
+            if zipfile.ZipFile(path).testzip():  # torch's format; checks every byte
+                raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
-        found, settings = json.loads(json.dumps([config.defaults | content["config"], vars(config)]))  # no tuples
+        found, settings = json.loads(json.dumps([config.defaults | content["config"], vars(config)]))  # tuples: lists
         differing = (key for key in settings if key not in PLACE and found[key] != settings[key])
         reason = ", ".join(f"{key} {found[key]}, not {settings[key]}" for key in differing)
     except FileNotFoundError:
         return None
-    except OSError as error:  # of the disk: says nothing of the file
+    except OSError as error:  # the disk's, not the file's
         exit_with_error(f"--results: {path} can't be read ({error.strerror}); it is left as it is")
     except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__} {error}".splitlines()[0]
@@ -704,7 +703,7 @@ def read_own(path, config):
 def environment(device):
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     name = torch.cuda.get_device_name(device) if "cuda" in device else platform.machine()
-    env = {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": torchvision.__version__}
+    env = {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": version("torchvision")}
     return env | {"device": name, "threads": torch.get_num_threads(), "commit": git.stdout.strip() or None}
 
 
@@ -720,7 +719,9 @@ class Recorder:
         self.path = result_path(config)
         self.checkpoint = self.path.with_suffix(".ckpt")
         self.history, self.status, self.save_cost, self.env = [], "done", 0.0, environment(config.device)
-        state = from_main(read_own(self.checkpoint, config) if is_main() and not config.force else None)
+        if config.force and is_main():
+            self.checkpoint.unlink(missing_ok=True)
+        state = from_main(read_own(self.checkpoint, config) if is_main() else None)
         try:
             if state:
                 self.restore(state)
@@ -735,7 +736,7 @@ class Recorder:
         shapes = [{name: w.shape for name, w in one.items()} for one in (state["model"], self.model.state_dict())]
         if shapes[0] != shapes[1]:
             raise ValueError("another model")
-        history, env = state["history"], state["env"]  # these raise, or this, before anything changes
+        history, env = state["history"], state.get("env", self.env)  # what raises does so before anything changes
         self.optimizer.load_state_dict(state["optimizer"])
         self.model.load_state_dict(state["model"])
         self.history, self.env = history, env  # of the run's beginning: the commit may be another now
@@ -744,7 +745,7 @@ class Recorder:
             buffers.update((key, torch.empty_like(p, requires_grad=False).copy_(v)) for key, v in alike.items())
 
     def save(self):
-        state = {"config": vars(self.config), "history": self.history, "env": self.env}
+        state = {"config": json.loads(json.dumps(vars(self.config))), "history": self.history, "env": self.env}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         began, buffer = time.perf_counter(), io.BytesIO()
         torch.save(state, buffer)
@@ -787,8 +788,7 @@ class Recorder:
             "defaults": self.config.defaults,  # which plot.py takes for a flag that older files lack
             **{"num_params": params, "num_nonzero": params, "status": self.status},
             **{key: last.get(key) for key in ("test_acc", "test_loss", "train_loss")},
-            "best_test_acc": max(accuracies, default=None),
-            "env": self.env | {"seconds": round(seconds, 3)},
+            **{"best_test_acc": max(accuracies, default=None), "env": self.env | {"seconds": round(seconds, 3)}},
             **{key: value for key, value in more.items() if value is not None},
         }
         if not is_main():
@@ -822,7 +822,7 @@ def main(parser, train, settings_of):
     if torchrun:  # with hours to wait: the main process may have to download, and measures sharpness
         device = torch.device("cuda", torch.cuda.current_device()) if "cuda" in runs[0].device else None
         dist.init_process_group("nccl" if device else "gloo", timeout=datetime.timedelta(hours=2), device_id=device)
-    todo, probe = None, Path(runs[0].results, from_main(f".{uuid.uuid4().hex}"))
+    todo, probe = None, result_path(runs[0]).with_name(from_main(f".{uuid.uuid4().hex}"))
     if is_main():
         todo = [c for c in runs if c.force or not read_own(result_path(c), c)]
         print(f"{len(runs)} runs, {len(runs) - len(todo)} already finished", flush=True)

@@ -105,6 +105,6 @@ def train(config):
 if __name__ == "__main__":
     parser = flags(__doc__, SETTINGS, "hidden", "filters")
     text = "fraction of the training labels replaced (default: 0.5)"
-    share = bounded_number(float, 0, math.nextafter(1, 2))  # 1 is allowed
-    parser.add_argument("--noise", type=share, nargs="+", default=[0.5], metavar="P", help=text)
+    fraction = bounded_number(float, 0, 1, closed=True)
+    parser.add_argument("--noise", type=fraction, nargs="+", default=[0.5], metavar="P", help=text)
     main(parser, train, lambda args: SETTINGS["hidden" if args.hidden else "filters"])

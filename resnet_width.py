@@ -184,7 +184,6 @@ def train(config):
 
 if __name__ == "__main__":
     parser = flags(__doc__, SETTINGS, "filters")
-    parser.set_defaults(warmup=None)  # it goes with the depth
     parser.add_argument("--depth", type=int, default=18, choices=[*SETTINGS], help="50: the ResNet for large images")
     text = "read a folder's images, of any size, when they are needed, and crop them to S x S"
     parser.add_argument("--image-size", type=bounded_number(int, 32), metavar="S", help=text)

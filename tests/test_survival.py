@@ -21,6 +21,7 @@ import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -379,7 +380,7 @@ def foreign(state):
     yield "", {**state, "optimizer": {}}
     yield "", {**state, "optimizer": copy.deepcopy(state["optimizer"]) | {"param_groups": []}}
     yield "", []
-    for key in state:
+    for key in state.keys() - {"env"}:
         yield key, {k: value for k, value in state.items() if k != key}
 
 
@@ -395,6 +396,16 @@ def test_every_foreign_checkpoint_is_named_set_aside_and_not_used(tmp_path, caps
         aside = path.with_name(f"{path.name}.bad{number or ''}")
         assert str(path) in line and aside.name in line and named in line and aside.exists(), line
         common.result_path(config).unlink()
+
+
+def test_a_checkpoint_of_the_version_that_did_not_save_env_goes_on(tmp_path, capsys):
+    config, history = one(tmp_path)
+    path = interrupt(mlp_width, config, 2)
+    state = torch.load(path, weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "env"}, path)
+    result = train(mlp_width, config)
+    assert timeless(result) == history and result["history"][:2] == state["history"]
+    assert result["env"]["torch"] == torch.__version__ and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -428,6 +439,30 @@ def test_a_checkpoint_is_loaded_to_the_cpu_first(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *a, **more: places.append(more["map_location"]) or load(*a, **more))
     common.read_own(path, config)
     assert places == ["cpu"]
+
+
+def test_what_a_flag_of_ones_own_makes_of_its_text_is_no_matter_to_a_checkpoint(tmp_path):
+    config, history = one(tmp_path)
+    config.mine = config.defaults["mine"] = np.float64(0.5)  # as type=np.float64 would
+    interrupt(mlp_width, config, 2)
+    assert common.read_own(common.result_path(config).with_suffix(".ckpt"), config)["history"]
+
+
+def test_force_removes_an_old_checkpoint_before_it_trains(tmp_path):
+    config, history = one(tmp_path)
+    path = interrupt(mlp_width, config, 2)
+    (forced,) = runs(mlp_width, tmp_path / "results", *SMALL, "--epochs", 3, "--hidden", "9-7", "--force")
+    model = common.build_model(forced, common.load_data(forced))
+    recorder = common.Recorder(forced, model, torch.optim.SGD(model.parameters(), 0.1))
+    assert recorder.history == [] and not path.exists()
+
+
+def test_a_folder_of_results_that_cannot_be_written_to_is_noticed_before_training(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mlp_width").write_text("a file where the folder should be")
+    monkeypatch.setattr(mlp_width, "train", lambda config: pytest.fail("trained"))
+    with pytest.raises(SystemExit) as exit:
+        call_main(mlp_width, tmp_path, *SMALL, "--hidden", 9)
+    assert exit.value.code == 2 and "--results" in capsys.readouterr().err
 
 
 def test_force_begins_anew_whatever_checkpoint_there_is(tmp_path):

@@ -343,6 +343,8 @@ def test_the_last_layers_share_of_the_squared_gradient():
     assert math.isclose(common.last_layer_share(model), 10 / 19, rel_tol=1e-6)
     model[0].bias.grad = None
     assert math.isclose(common.last_layer_share(model), 10 / 15, rel_tol=1e-6)
+    model[2][0].bias.grad = None
+    assert math.isclose(common.last_layer_share(model), 9 / 14, rel_tol=1e-6)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     assert common.last_layer_share(model) == 0
