@@ -685,7 +685,7 @@ def read_own(path, config):
             if zipfile.ZipFile(path).testzip():  # torch's format; checks every byte
                 raise ValueError("damaged")
             content = torch.load(path, map_location="cpu", weights_only=True)
-        found, settings = json.loads(json.dumps([config.defaults | content["config"], vars(config)]))  # tuples: lists
+        found, settings = json.loads(json.dumps([config.defaults | content["config"], vars(config)]))  # no tuples
         differing = (key for key in settings if key not in PLACE and found[key] != settings[key])
         reason = ", ".join(f"{key} {found[key]}, not {settings[key]}" for key in differing)
     except FileNotFoundError:
@@ -736,7 +736,7 @@ class Recorder:
         shapes = [{name: w.shape for name, w in one.items()} for one in (state["model"], self.model.state_dict())]
         if shapes[0] != shapes[1]:
             raise ValueError("another model")
-        history, env = state["history"], state.get("env", self.env)  # what raises does so before anything changes
+        history, env = state["history"], state.get("env", self.env)  # what can raise comes before any change
         self.optimizer.load_state_dict(state["optimizer"])
         self.model.load_state_dict(state["model"])
         self.history, self.env = history, env  # of the run's beginning: the commit may be another now
@@ -793,8 +793,8 @@ class Recorder:
         }
         if not is_main():
             return
-        text = json.dumps(result | {"history": self.history}, allow_nan=False)
-        write(self.path, text.replace("}, {", "},\n{").encode())  # a line an epoch
+        history = json.dumps(self.history, allow_nan=False).replace("}, {", "},\n{")  # a line an epoch
+        write(self.path, f'{json.dumps(result, allow_nan=False)[:-1]},\n"history": {history}}}\n'.encode())
         self.checkpoint.unlink(missing_ok=True)
         for left in self.path.parent.glob("*.tmp"):
             with contextlib.suppress(OSError):  # one that was killed has left it, if it isn't being written to

@@ -116,7 +116,7 @@ class Files:
             if isinstance(images, str):
                 exit_with_error(images, everywhere=False)
             images = images.to(self.mean.device, non_blocking=True).permute(0, 3, 1, 2)
-            yield (images.contiguous() - self.mean) / self.std  # NHWC strides under 4 filters crash some CPUs
+            yield (images.contiguous() - self.mean) / self.std  # NHWC strides under 4 filters crash torch on some CPUs
 
 
 def ignore_interrupts(worker):

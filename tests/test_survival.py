@@ -441,6 +441,12 @@ def test_a_checkpoint_is_loaded_to_the_cpu_first(tmp_path, monkeypatch):
     assert places == ["cpu"]
 
 
+def test_a_name_that_looks_like_the_end_of_a_row_leaves_the_file_whole(tmp_path):
+    (config,) = runs(mlp_width, tmp_path, *SMALL, "--hidden", 9, "--epochs", 2)
+    config.mine = config.defaults["mine"] = "}, {"
+    assert train(mlp_width, config)["config"]["mine"] == "}, {"
+
+
 def test_what_a_flag_of_ones_own_makes_of_its_text_is_no_matter_to_a_checkpoint(tmp_path):
     config, history = one(tmp_path)
     config.mine = config.defaults["mine"] = np.float64(0.5)  # as type=np.float64 would
@@ -531,9 +537,8 @@ def test_checkpoints_take_at_most_two_per_cent_of_the_time_and_are_no_rarer_than
     assert len(gaps) >= 10
     shortest = max(1, 50 * cost)
     assert all(shortest <= gap + 1e-9 and gap < shortest + epoch_takes + 1e-9 for gap in gaps)
-    assert (
-        abs(sum(row["seconds"] for row in recorder.history) - 1000 * epoch_takes) < 1e-6
-    )  # what checkpoints take isn't an epoch's
+    seconds = sum(row["seconds"] for row in recorder.history)
+    assert abs(seconds - 1000 * epoch_takes) < 1e-6  # what checkpoints take isn't an epoch's
 
 
 # ------------------------------------------------------------ files

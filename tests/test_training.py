@@ -452,7 +452,7 @@ def test_no_two_runs_share_a_name(tmp_path):
 def test_where_a_run_happens_is_not_in_its_name(tmp_path):
     plain, elsewhere = (runs(mlp_width, tmp_path, *more)[0] for more in ([], ["--device", "cpu:0", "--force"]))
     assert plain.name == elsewhere.name
-    train(mlp_width, runs(mlp_width, tmp_path, *"--hidden 9 --epochs 1 --device cpu:0".split())[0])
+    train(mlp_width, runs(mlp_width, tmp_path, *"--hidden 9 --epochs 1 --device cpu:0 --force".split())[0])
     (config,) = runs(mlp_width, tmp_path, *"--hidden 9 --epochs 1".split())
     assert common.read_own(common.result_path(config), config) == result_of(tmp_path)
 
