@@ -237,10 +237,9 @@ def split_sizes(config, images):
     rest = images - config.val_size
     size = config.train_size or rest
     if not max(1, config.sharpness) <= size <= rest:
-        given = (
-            f"--sharpness {config.sharpness}, --train-size {config.train_size or 'all'}, --val-size {config.val_size}"
-        )
-        exit_with_error(f"{given}: too many for {images} training images, or the first larger than the second")
+        sizes = f"--train-size {config.train_size or 'all'}, --val-size {config.val_size}"
+        too_many = f"too many for {images} training images, or the first larger than the second"
+        exit_with_error(f"--sharpness {config.sharpness}, {sizes}: {too_many}")
     shared = config.batch_size, size % config.batch_size or config.batch_size, config.val_size or config.processes
     if min(shared) < config.processes:
         exit_with_error(f"--batch-size {config.batch_size}, --val-size {config.val_size}: leave a process no image")
@@ -702,7 +701,8 @@ def read_own(path, config):
 @functools.cache
 def environment(device):
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    name = torch.cuda.get_device_name(device) if "cuda" in device else platform.machine()
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"  # such as AVX512: rounding depends on it
+    name = torch.cuda.get_device_name(device) if "cuda" in device else cpu
     env = {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": version("torchvision")}
     return env | {"device": name, "threads": torch.get_num_threads(), "commit": git.stdout.strip() or None}
 

@@ -96,6 +96,7 @@ def test_result_files_have_what_the_contract_says(folder, script):
         assert removed == round(config.get("sparsity", 0) * (784 * 30 + 30 * 20 + 20 * 10))
         assert result["env"].keys() == {"python", "torch", "torchvision", "device", "threads", "commit", "seconds"}
         assert result["env"]["python"] == platform.python_version()
+        assert result["env"]["device"].split() == [platform.machine(), torch.backends.cpu.get_cpu_capability()]
         assert math.isclose(result["env"]["seconds"], sum(row["seconds"] for row in history), abs_tol=0.01)
 
 
