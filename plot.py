@@ -445,7 +445,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
                     ax.plot([sgd[s] for s in gain], [*gain.values()], mark, markersize=4, **fig.shade(c))
                 ax.plot([], [], mark, color=GREY, label=f"{100 * load.noise:.4g}% flipped")
             ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's accuracy (%)")
-            ax.title.set_text(base.title.replace(f", {100 * base.noise:.4g}% flipped", ""))
+            ax.title.set_text(textwrap.fill(base.title.replace(f", {100 * base.noise:.4g}% flipped", ""), 25))
         return fig
 
     def curves(self):
@@ -494,25 +494,25 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         rows = ("loss of SAM",), ("loss of SGD",), *[(name, "SGD, SAM", name) for name in ("rate", "R^2")]
         fig = sheet(self.of("constant"), *rows)
         for axes, load in fig.columns:
-            for c in load.cells:
-                by_epoch(axes[0], c, 1, "train_loss", **fig.shade(c))
-                by_epoch(axes[1], c, 0, "train_loss", **fig.shade(c))
+            for c, i in [(c, i) for c in load.cells for i in (0, 1)]:
+                by_epoch(axes[1 - i], c, i, "train_loss", **fig.shade(c))
         return fig
 
     def sharpness(self):
         """Largest eigenvalue of the Hessian on some training images, its non-uniformity s2, training loss; by rho.
         Dashed: the paper's bounds (squared loss, constant rate; un-normalized SAM at batch 1, so references only)."""
         loads = [load for load in self if any(values for _, values in load.points("SAM", "lambda_max"))]
-        fig = sheet(loads, *[(name, "SGD, SAM", name) for name in ("lambda_max", "s2", "train_loss")], ("lambda_max",))
-        for (first, second, _, last), load in fig.columns:
-            at = by_rho(last, load, "lambda_max", fig.shade)
+        fig = sheet(loads, *[(y, "SGD, SAM", y) for y in ("lambda_max", "s2", "train_loss")], ("lambda_max",), ("s2",))
+        for (first, second, _, *below), load in fig.columns:
+            at = [by_rho(ax, load, name, fig.shade) for ax, name in zip(below, ("lambda_max", "s2"))][0]
             if load.settings["schedule"] == "constant" and load.settings["loss"] == "mse":
                 eta, chosen = load.settings["lr"], choose(load.cells)[0]
-                bound = {rho: 4 / eta / (1 + math.sqrt(1 + 8 * rho / eta)) for rho in (0, *at, chosen)}
-                last.plot([0, *at.values()], [*bound.values()][: len(at) + 1], "--", color="black", label="bounds")
-                for rho, color in ((0, SGD), (chosen, SAM)):
-                    first.axhline(bound[rho], color=color, linestyle="--")
-                    second.axhline((eta * (eta - 2 * rho)) ** -0.5 if 2 * rho < eta else math.nan, color=color, ls="--")
+                sharp = {rho: 4 / eta / (1 + math.sqrt(1 + 8 * rho / eta)) for rho in (0, *at, chosen)}
+                spread = {rho: (eta * (eta - 2 * rho)) ** -0.5 if 2 * rho < eta else math.nan for rho in sharp}
+                for above, ax, bound in zip((first, second), below, (sharp, spread)):
+                    ax.plot([0, *at.values()], [bound[rho] for rho in (0, *at)], "--", color="black", label="bounds")
+                    for rho, color in ((0, SGD), (chosen, SAM)):
+                        above.axhline(bound[rho], color=color, linestyle="--")
         return fig
 
     def layers(self):

@@ -146,6 +146,17 @@ def test_radii_are_compared_on_the_seeds_that_all_share(tmp_path):
     assert "rho of [0.1, 0.2] chosen on shared seeds [0]" in draw(tmp_path).stdout
 
 
+def test_s2_is_drawn_by_rho_beside_the_papers_bound(tmp_path):
+    sharp = [{"lambda_max": 3.0, "s2": s2} for s2 in (40.0, 30.0, 20.0)]
+    settings = {"schedule": "constant", "loss": "mse", "lr": 0.1}
+    runs = [run(rho, extra={"sharpness": one}, **settings) for rho, one in zip((None, 0.01, 0.2), sharp)]
+    (*_, ax), _ = plot.Figures(read(tmp_path, runs)[0]).sharpness().columns[0]
+    (measured,) = [line.get_ydata() for line in ax.lines if line.get_label().endswith(" parameters")]
+    (bound,) = [line.get_ydata() for line in ax.lines if line.get_label() == "bounds"]
+    assert [*measured] == [40.0, 30.0, 20.0]
+    assert math.isclose(bound[0], 10) and math.isclose(bound[1], 0.008**-0.5) and math.isnan(bound[2])
+
+
 def test_the_range_of_rho_is_within_one_paired_standard_error(tmp_path):
     scores = {0.05: (0.915, 0.91, 0.93), 0.1: (0.90, 0.92, 0.94), 0.2: (0.91, 0.93, 0.95), 0.5: (0.922, 0.91, 0.93)}
     # to 0.2, the best, 0.05 loses -0.5 2 2: 1.17 with an error of 0.83; 0.1 1 1 1; 0.5 -1.2 2 2: 0.93, an error of 1.07
@@ -295,24 +306,21 @@ def test_the_grids_edges_are_in_sight_where_all_widths_chose_one_rho(tmp_path):
     assert low < 1 and high > 3
 
 
-def test_a_long_title_is_all_in_sight(tmp_path):
-    settings = {
-        "script": "label_noise",
-        "hidden": None,
-        "filters": 16,
-        "batch_size": 32,
-        "train_size": 1000,
-        "epochs": 12,
-    }
-    runs = [
-        r for noise in (0.25, 0.5, 0.75) for k in (8, 16) for r in pair(**settings | {"noise": noise, "filters": k})
-    ]
-    fig = plot.Figures(read(tmp_path, runs)[0]).label_noise()
+@pytest.mark.parametrize(
+    "figure, epochs, end",
+    [("label_noise", (12, 12, 12), "train size\n1000\n"), ("interpolation", (12, 24, 36), "size 1000")],
+)
+def test_a_long_title_is_all_in_sight(tmp_path, figure, epochs, end):
+    settings = {"script": "label_noise", "hidden": None, "batch_size": 32, "train_size": 1000}
+    cells = [{"noise": p, "epochs": e, "filters": k} for p, e in zip((0.25, 0.5, 0.75), epochs) for k in (8, 16)]
+    fig = getattr(plot.Figures(read(tmp_path, [r for c in cells for r in pair(**settings, **c)])[0]), figure)()
     plot.finish(fig, "Caption.", tmp_path / "figure.png")
     renderer = FigureCanvasAgg(fig).get_renderer()
     titles = [axes[0].title for axes, _ in fig.columns]
-    assert len(titles) == 3 and all("train size\n1000" in title.get_text() for title in titles)
-    assert all(title.get_window_extent(renderer).y1 <= fig.bbox.y1 for title in titles)
+    boxes = [title.get_window_extent(renderer) for title in titles]
+    assert len(titles) == 3 and all(end in title.get_text() for title in titles)
+    assert all(0 <= box.x0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1 for box in boxes)
+    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
 
 
 def test_what_has_no_weight_decay_is_not_set_beside_itself(tmp_path):
