@@ -261,7 +261,7 @@ def workloads(folder):
     for run in [twins[0] for key, twins in found.items() if key not in used]:
         why = "SAM diverged at this rho, or no run of SGD" if run.rho is not None else "no run of SAM"
         left.setdefault(run.path, "diverged" if run.status == "diverged" else f"{why} beside it")
-    keys = {key for load in loads.values() for key in load.settings}
+    keys = set().union(*(load.settings for load in loads.values()))
     for key in sorted(keys, key=lambda key: (key != "dataset", key in KNOWN, key)):
         titles = [title for title, _ in {(load.title, str(load.settings.get(key))) for load in loads.values()}]
         for load in loads.values():  # as few settings as tell the titles apart
@@ -401,8 +401,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         fig = sheet(self.of("clean", "noisy"), ("{1}",), ("best rho",))
         for (top, bottom), load in fig.columns:
             at = by_rho(top, load, "last", fig.shade)
-            for c in load.cells:
-                best, alike = c.chosen["last"]
+            for c, (best, alike) in [(c, c.chosen["last"]) for c in load.cells]:
                 bottom.plot([c.params] * 2, [at[alike[0]], at[alike[-1]]], color=GREY)
                 bottom.plot(c.params, at[best], "o", color=SAM)
             bottom.plot(bottom.get_xlim(), [(1, len(at))] * 2, "--", color=GREY, linewidth=0.7)
@@ -525,9 +524,9 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return sheet(self.of("depth"), ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"))
 
 
-def table(rows):  # Markdown, of dicts with the same keys, without those that are empty in all
-    kept = [key for key in rows[0] if any(row[key] != "" for row in rows)] if rows else []
-    lines = kept, ["---"] * len(kept), *([row[key] for key in kept] for row in rows)
+def table(rows):  # Markdown, of dicts, without the keys that are empty in all
+    keys = dict.fromkeys(key for row in rows for key in row if row[key] != "")
+    lines = keys, ["---"] * len(keys), *([row.get(key, "") for key in keys] for row in rows)
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
@@ -546,9 +545,10 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             row = {"width": c.width, "parameters": f"{c.params:,}", "non-zero": f"{c.nonzero:,}"}
             row |= {"seeds": len(c.pairs()), "rho": f"{best:g}{edge}", "as good": f"{alike[0]:g} to {alike[-1]:g}"}
             numbers = "last", f"train_{load.metric}", "lambda_max", "s2", "trace", "rate", "R^2", "bend of y", "share"
-            for number, who in [(number, who) for number in numbers for who in ("SGD", "SAM")]:
-                values = c.values(who, number)
-                row[f"{who} {number}"] = f"{interval(values)[0]:.4g}" if values else ""
+            found = {f"{who} {number}": c.values(who, number) for number in numbers for who in ("SGD", "SAM")}
+            curved = ("lambda_max", "s2", "train_loss") if found["SAM lambda_max"] else ()
+            found |= {f"{name} at rho {rho:g}": c.values("SAM", name, rho) for name in curved for rho in c.tried}
+            row |= {k: "{:.4g} ± {:.2g}".format(*interval(v)).removesuffix(" ± nan") for k, v in found.items() if v}
             gains = {"gain": c.values("gain"), f"gain at rho {one:g}": c.values("gain", rho=one)}
             others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
             gains["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
@@ -559,9 +559,9 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
         text += f"\n## {load.title}\n\nrho is chosen on {load.chosen_on} data.\n\n{table(rows)}"
     return f"""# Trends
 
-Slopes per tenfold parameters, of SGD and SAM those of their test metric; ±: a 95% interval over seeds on these test
-data, unresolved if it includes zero. `as good`: the range of radii within a paired error of the best; `last`: on test
-data; `rate`, `R^2`: of ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: the last layer's of |g|^2.
+Slopes per tenfold parameters, of SGD and SAM those of their test metric; ±: half a 95% interval over seeds on these
+test data, unresolved if it includes zero. `as good`: the range of radii within a paired error of the best; `last`: on
+test data; `rate`, `R^2`: of ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: the last layer's of |g|^2.
 
 {table(trends)}{text}"""
 

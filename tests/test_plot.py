@@ -202,6 +202,21 @@ def test_the_trend_table_has_both_stopping_rules_and_both_optimizers(tmp_path):
     assert "+10.00 ± 0.00 |" in plot.summary([load])
 
 
+def test_the_summary_has_curvature_at_every_rho_with_its_interval(tmp_path):
+    def sharp(hidden, rho, seed):
+        return {"sharpness": {"lambda_max": {None: 20.0, 0.1: 4.0, 0.2: 3.0}[rho] + seed, "s2": 1.0}}
+
+    tried = ("75-25", None), ("75-25", 0.1), ("300-100", None), ("300-100", 0.1), ("300-100", 0.2)
+    runs = [run(rho, seed, hidden=h, extra=sharp(h, rho, seed)) for h, rho in tried for seed in (0, 1, 2)]
+    half = 4.30265 * 3**-0.5  # of the 95% interval of three numbers of deviation 1
+    rows = plot.summary(read(tmp_path, runs)[0]).split("rho is chosen")[1].strip().splitlines()[2:]
+    head, _, *cells = [[text.strip() for text in row.strip("|").split("|")] for row in rows]
+    narrow, wide = (dict(zip(head, cell)) for cell in cells)
+    assert narrow["lambda_max at rho 0.2"] == "" and wide["lambda_max at rho 0.2"] == f"4 ± {half:.2g}"
+    assert [cell["lambda_max at rho 0.1"] for cell in (narrow, wide)] == [f"5 ± {half:.2g}"] * 2
+    assert [cell["SGD lambda_max"] for cell in (narrow, wide)] == [f"21 ± {half:.2g}"] * 2
+
+
 def test_where_targets_are_numbers_a_gain_is_in_test_loss(tmp_path):
     runs = [number_run(loss=1.3, val=1.0), number_run(0.1, loss=1.1, val=0.7), number_run(0.2, loss=1.0, val=0.8)]
     load = one(tmp_path, runs)
