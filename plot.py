@@ -27,6 +27,7 @@ LOOK = {  # what is drawn by width: label, style, colour, of whom, and which set
     "twice": ("SGD, twice the epochs", "D:", SGD, "twice", {}),
     "gain": ("SAM - SGD", "o-", SAM, "gain", {}),
     "held-out": ("SAM - SGD, best held-out epoch", "o:", SAM, "gain", {}),
+    "by its rule": ("SAM - SGD, by the paper's rule", "x:", SAM, "gain", {}),
     "one rho": ("SAM - SGD, one rho for all widths", "s:", SAM, "gain", {}),
     "paper": ("the paper", "x:", "black", "paper", {}),
     "no decay": ("without weight decay", "s--", "black", "gain", {"weight_decay": 0.0}),
@@ -45,9 +46,8 @@ PAPER = {  # settings; parameters and gains, in points (teacher: test loss), rea
     "mnist": (MNIST, "61035 .07 125810 .06 266610 .18 1426410 .19 5366010 .19"),
     "cifar10": (CIFAR, "44622 .36 176402 .66 701466 .44 2797610 .85 11173962 .96 44662922 1.23 178585866 1.01"),
     "imagenet": (IMAGENET, "1993976 .03 6917640 .04 14771992 .17 25557032 .35 39272760 .54"),
-    "teacher": (TEACHER, "10201 .026 20401 .029 30601 .034 40801 .047 51001 .056 61201 .062 71401 .063 81601 .074 "
-                         "91801 .08 102001 .083"),
-}  # fmt: skip
+    "teacher": (TEACHER, "1e4 .026 2e4 .029 3e4 .034 4e4 .047 5e4 .056 6e4 .062 7e4 .063 8e4 .074 9e4 .08 1e5 .083"),
+}
 CURVE = np.arange(-5.5, 6) / 4 + 0.07, 0.345 + np.array([-2, 1.5, 0, 0, 2, 1, 0, -1, 0, 1, 2, -1])  # its 12 points
 NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "imagenet": "ImageNet"}
 WORDS = {"acc": ("gain (points)", "test accuracy (%)", "training accuracy (%)", "acc")}  # by metric
@@ -74,7 +74,7 @@ def interval(values):
 
 
 def trend(points):
-    """Of points (x, {seed: value}), by seed: least-squares slope per tenfold x, and last minus first; over all x if
+    """Of points (x, {seed: value}), by seed: least-squares slope per tenfold x, last minus first, mean; over all x if
     three seeds or more have them, else over those that all seeds have, or, below two, that all but the rarest have."""
     seeds = sorted({s for _, v in points for s in v}, key=lambda s: (-sum(s in v for _, v in points), str(s)))
     complete = sum(all(s in v for _, v in points) for s in seeds)
@@ -82,8 +82,8 @@ def trend(points):
         whole = [(math.log10(x), [v[s] for s in seeds[:n]]) for x, v in points if v.keys() >= {*seeds[:n]}]
         if len({x for x, _ in whole}) > 1:
             x, values = map(np.array, zip(*whole))
-            return dict(zip(seeds, np.polyfit(x, values, 1)[0])), dict(zip(seeds, values[-1] - values[0]))
-    return {}, {}
+            return [dict(zip(seeds, n)) for n in (np.polyfit(x, values, 1)[0], values[-1] - values[0], values.mean(0))]
+    return [{}, {}, {}]
 
 
 def subtract(a, b):
@@ -136,8 +136,8 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         for key in curve.keys() - {"x"}:  # sum of |f''|: the total variation of the slope
             numbers[f"bend of {key}"] = np.abs(np.diff(np.diff(curve[key]) / np.diff(curve["x"]))).sum()
         end = int(np.argmin([*(loss > 1e-7 * loss[0]), False]))  # below, a sum of float32 losses is rounding
-        if config["schedule"] == "constant" and end > 2:
-            fitted = np.arange(end), np.log(loss[:end])
+        if config["schedule"] == "constant" and end > 3:  # without the first epoch, which starts at random weights
+            fitted = np.arange(1, end), np.log(loss[1:end])
             numbers |= {"rate": np.polyfit(*fitted, 1)[0], "R^2": np.corrcoef(*fitted)[0, 1] ** 2}
 
 
@@ -197,15 +197,14 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         return self.others.get(freeze(self.settings | changes))
 
     def role(self):  # to which figures it belongs
-        decays = {load.settings["weight_decay"] for load in self.others.values()} - {0}
         roles = {"depth": self.deep, "part": self.settings["perturb"] != "all", "sparse": self.settings["pruner"]}
         roles |= {"curve": self.dataset.startswith("curve"), "constant": self.settings["schedule"] == "constant"}
-        roles["decay"] = self.settings["weight_decay"] == 0 and any(self.find(weight_decay=d) for d in decays)
+        roles["decay"] = any(load.find(weight_decay=0.0) is self for load in self.others.values() if load is not self)
         return next((role for role, holds in roles.items() if holds), "noisy" if self.noise else "clean")
 
     def points(self, what, number="last"):
         """[(x, {seed: number})] of what LOOK names; x: the number of parameters that are not pruned, or of layers."""
-        (*_, whose, changes), number = LOOK[what], what if what == "held-out" else number
+        (*_, whose, changes), number = LOOK[what], {"held-out": what, "by its rule": "paper"}.get(what, number)
         load, rho = self.find(**changes), choose(self.cells, number)[0] if what == "one rho" else None
         if whose == "paper" or not load or (changes and load is self):
             return self.paper if whose == "paper" else []
@@ -217,10 +216,15 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         return subtract(cell.values("gain"), alike[0].values("gain")) if alike else {}
 
     def trends(self, stop="last"):
-        """Slopes by seed, per tenfold parameters, and widest minus narrowest; {} where there is no trend."""
-        series = () if self.deep or self.settings["pruner"] else ("gain", "SGD", "SAM", "one rho")
-        found = {what: trend(self.points(what, stop))[0] for what in series}
-        return found | {"widest - narrowest": trend(self.points("gain", stop))[1]} if found.get("gain") else {}
+        """By seed, the slopes per tenfold parameters of the gain, SGD and SAM; the gain's change from the narrowest
+        width to the widest, mean over widths, and slope at one rho for all; {} where there is no trend."""
+        if self.deep or self.settings["pruner"] or stop not in self.cells[0].run.score:
+            return {}
+        found = {what: trend(self.points(what, stop))[0] for what in ("gain", "SGD", "SAM", "one rho")}
+        found["widest - narrowest"], found["mean"] = trend(self.points("gain", stop))[1:]
+        for rho in sorted({rho for c in self.cells for rho in c.radii}):
+            found[f"gain at rho {rho:g}"] = trend([(c.params, c.values("gain", stop, rho)) for c in self.cells])[0]
+        return found if found["gain"] else {}
 
     def say(self, values):  # mean and interval of a gain, and where it includes zero, that it does
         (mean, half), digits = interval(values) if values else (0, 0), 2 if self.metric == "acc" else 3
@@ -355,10 +359,8 @@ def finish(fig, caption, path):
         group = ax.get_shared_y_axes().get_siblings(ax)
         y = np.array([y for a in group for line in a.lines for y in line.get_ydata() if math.isfinite(y)])
         if len(y) and ax.get_yscale() == "linear":
-            bars = [bar[:, 1] for a in group for each in a.collections for bar in each.get_segments() if len(bar)]
-            reach, bars = max(y.max() - y.min(), abs(y.max()) / 100) or 1, np.concatenate([y, *bars])
-            low, high = max(np.nanmin(bars), y.min() - reach), min(np.nanmax(bars), y.max() + reach)
-            ax.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
+            reach = max(y.max() - y.min(), abs(y.max()) / 100) or 1
+            ax.set_ylim(y.min() - 0.3 * reach, y.max() + 0.3 * reach)
     tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
     how = f" Bars: 95% intervals (Student's t) over seeds, on these {tests}test data, pointwise, cut if long; "
     how += "grey: a seed; n: seeds, the gain's slope per tenfold parameters. rho: best on held-out or else test data."
@@ -380,9 +382,9 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return [load for load in self if load.role() in roles]
 
     def gain_by_width(self):
-        """SAM's gain over SGD by width. The paper's gain, where the settings are its own (synthetic: but for rate and
-        schedule; held-out images aside), is at the best test epoch and the rho that is best on test data."""
-        return sheet(self.of("clean"), ("{0}", "gain, one rho, paper"))
+        """SAM's gain over SGD by width. The paper's rule: best test epoch, and the rho that is best on test data; the paper
+        is drawn where the settings are its own (synthetic: but for rate and schedule; held-out data aside)."""
+        return sheet(self.of("clean"), ("{0}", "gain, one rho, by its rule, paper"))
 
     def accuracy_by_width(self):
         """SGD and SAM on test data, and SGD trained for twice the epochs; below, on training data, dotted: the width
@@ -448,8 +450,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return fig
 
     def curves(self):
-        """The narrowest network (dashed) and the widest over the epochs: paired gain, each seed in grey; test data from
-        the first drop of the rate on; training loss. Dotted: the epochs before which, or in which, the rate drops."""
+        """The narrowest network (dashed) and the widest over the epochs: paired gain, each seed in grey; test data,
+        of clean labels from the first drop of the rate on; training loss. Dotted: where the rate drops."""
         fig = sheet(self.of("clean", "noisy"), ("{0}",), ("{1}",), ("training loss",))
         for axes, load in fig.columns:
             rate, key = load.cells[0].run.history["lr"], f"test_{load.metric}"
@@ -457,10 +459,10 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
             for cell, style, name in ((load.cells[0], "--", "narrowest"), (load.cells[-1], "-", "widest")):
                 gains = np.array([a.sign * (b.history[key] - a.history[key]) for a, b in cell.pairs()]).T
                 axes[0].plot(np.arange(len(rate)) + 1, gains, style, color=GREY, linewidth=0.4)
-                axes[0].plot(np.arange(len(rate)) + 1, gains.mean(axis=1), style, color=SAM)
+                axes[0].plot(np.arange(len(rate)) + 1, gains.mean(axis=1), style, color=SAM, label=f"SAM - SGD, {name}")
                 for i, (what, color) in enumerate((("SGD", SGD), ("SAM", SAM))):
                     look = {"linestyle": style, "color": color, "label": f"{what}, {name}"}
-                    by_epoch(axes[1], cell, i, key, drops[0] if len(drops) else 0, **look)
+                    by_epoch(axes[1], cell, i, key, 0 if load.noise or not len(drops) else drops[0], **look)
                     by_epoch(axes[2], cell, i, "train_loss", **look)
             for ax in axes:
                 ticks(ax, {e: e for e in (1, *drops, len(rate))}, log=False, xlabel="epoch")
@@ -480,7 +482,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
                     y = np.where(abs(run.function["y"]) < 5, run.function["y"], math.nan)
                     ax.plot(run.function["x"], y, color=SGD if run.rho is None else SAM, linewidth=0.7)
                 ax.plot(*CURVE, ".", color="black", markersize=4)
-                ax.set(xscale="linear", xlabel=f"x; width {c.width}" if c else "", visible=bool(c))
+                ax.set(xscale="linear", xlabel=f"x; width {c.width}" if c else "", yticks=(-4, 0, 4), visible=bool(c))
                 fig.places[ax] = 0.45 + 1.6 * j, 4.1 * i + 0.4, 1.2, 1.35
             draw(bend, load.points("SGD", "bend of y_initial"), "at initialization", "^:", "black")
             fig.places |= {bend: (0.7, 4.1 * i + 2.35, 2.4, 1.15), loss: (4, 4.1 * i + 2.35, 2.4, 1.15)}
@@ -502,16 +504,14 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         Dashed: the paper's bounds (squared loss, constant rate; un-normalized SAM at batch 1, so references only)."""
         loads = [load for load in self if any(values for _, values in load.points("SAM", "lambda_max"))]
         fig = sheet(loads, *[(y, "SGD, SAM", y) for y in ("lambda_max", "s2", "train_loss")], ("lambda_max",), ("s2",))
-        for (first, second, _, *below), load in fig.columns:
+        for (_, _, _, *below), load in fig.columns:
             at = [by_rho(ax, load, name, fig.shade) for ax, name in zip(below, ("lambda_max", "s2"))][0]
             if load.settings["schedule"] == "constant" and load.settings["loss"] == "mse":
-                eta, chosen = load.settings["lr"], choose(load.cells)[0]
-                sharp = {rho: 4 / eta / (1 + math.sqrt(1 + 8 * rho / eta)) for rho in (0, *at, chosen)}
-                spread = {rho: (eta * (eta - 2 * rho)) ** -0.5 if 2 * rho < eta else math.nan for rho in sharp}
-                for above, ax, bound in zip((first, second), below, (sharp, spread)):
-                    ax.plot([0, *at.values()], [bound[rho] for rho in (0, *at)], "--", color="black", label="bounds")
-                    for rho, color in ((0, SGD), (chosen, SAM)):
-                        above.axhline(bound[rho], color=color, linestyle="--")
+                eta, rhos = load.settings["lr"], (0, *at)
+                sharp = [4 / eta / (1 + math.sqrt(1 + 8 * rho / eta)) for rho in rhos]
+                spread = [(eta * (eta - 2 * rho)) ** -0.5 if 2 * rho < eta else math.nan for rho in rhos]
+                for ax, bound in zip(below, (sharp, spread)):
+                    ax.plot([0, *at.values()], bound, "--", color="black", label="bounds")
         return fig
 
     def layers(self):
@@ -533,12 +533,12 @@ def table(rows):  # Markdown, of dicts, without the keys that are empty in all
 def summary(loads):  # Markdown: the trends, and a table for each workload
     trends, text = [], ""
     for load in loads:
-        for stop, slopes in ((stop, load.trends(stop)) for stop in ("last", "held-out") if load.trends(stop)):
+        for stop, slopes in ((stop, load.trends(stop)) for stop in STOPS if load.trends(stop)):
             whole = [values for _, values in load.points("gain", stop) if values.keys() >= slopes["gain"].keys()]
             row = {"workload": load.title, "epoch": STOPS[stop], "seeds": len(slopes["gain"])}
             row |= {"widths": f"{len(whole)} of {len(load.cells)}", "that rho": f"{choose(load.cells, stop)[0]:g}"}
             trends.append(row | {what: load.say(values) for what, values in slopes.items()})
-        rows, one = [], choose(load.cells)[0]
+        rows = []
         for c in load.cells:
             best, alike = c.chosen["last"]
             edge = ", the grid's edge" * (len(c.tried) > 1 and best in (c.tried[0], c.tried[-1]))
@@ -549,11 +549,12 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             curved = ("lambda_max", "s2", "train_loss") if found["SAM lambda_max"] else ()
             found |= {f"{name} at rho {rho:g}": c.values("SAM", name, rho) for name in curved for rho in c.tried}
             row |= {k: "{:.4g} ± {:.2g}".format(*interval(v)).removesuffix(" ± nan") for k, v in found.items() if v}
-            gains = {"gain": c.values("gain"), f"gain at rho {one:g}": c.values("gain", rho=one)}
+            gains = {"gain": c.values("gain")} | {f"gain at rho {rho:g}": c.values("gain", rho=rho) for rho in c.radii}
             others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
             gains["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
             gains |= {f"gain, {STOPS[stop]}": c.values("gain", stop) for stop in ("held-out", "paper")}
-            gains["SAM - SGD of twice the epochs"] = subtract(c.values("SAM"), c.values("twice"))
+            later = {stop: subtract(c.values("SAM", stop), c.values("twice", stop)) for stop in STOPS}
+            gains |= {f"SAM - SGD of twice the epochs, {STOPS[stop]}": values for stop, values in later.items()}
             gains["gain - that of dense networks of as many"] = load.contrast(c)
             rows.append(row | {name: load.say(values) for name, values in gains.items()})
         text += f"\n## {load.title}\n\nrho is chosen on {load.chosen_on} data.\n\n{table(rows)}"
@@ -573,7 +574,6 @@ def main():
     parser.allow_abbrev, parser.error = False, lambda message: parser.exit(2, f"plot.py: {message}\n")
     args = parser.parse_args()
     matplotlib.rcParams |= {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
-    matplotlib.rcParams["axes.formatter.limits"] = -2, 4
     loads, left = workloads(args.results)
     if not loads:
         parser.error(f"--results {args.results}: no run of SAM has one of SGD at the same seed; run a script first")

@@ -94,8 +94,9 @@ def test_the_interval_is_students():
 
 def test_a_trend_is_each_seeds_slope_per_tenfold_parameters():
     points = [(1e4, {0: 1.0, 1: 0.0}), (1e5, {0: 2.0, 1: 0.0}), (1e6, {0: 6.0, 1: 3.0})]
-    slopes, contrast = plot.trend(points)  # (6 - 1) / 2, (3 - 0) / 2
+    slopes, contrast, mean = plot.trend(points)  # (6 - 1) / 2, (3 - 0) / 2
     assert slopes == pytest.approx({0: 2.5, 1: 1.5}) and contrast == pytest.approx({0: 5, 1: 3})
+    assert mean == pytest.approx({0: 3, 1: 1})
     uneven = plot.trend([(1e4, {0: 0.0}), (1e5, {0: 1.0}), (1e7, {0: 1.0})])[0]  # x - 16/3: -4/3 -1/3 5/3, y - 2/3
     assert uneven[0] == pytest.approx((4 / 3 * 2 / 3 - 1 / 3 * 1 / 3 + 5 / 3 * 1 / 3) / (16 + 1 + 25) * 9)
 
@@ -104,7 +105,7 @@ def test_a_trend_is_over_the_widths_that_all_seeds_have():
     points = [(1e4, {0: 0.0, 1: 0.0}), (1e5, {0: 1.0, 1: 1.0}), (1e6, {0: 9.0})]
     assert plot.trend(points)[0] == pytest.approx({0: 1, 1: 1})
     assert plot.trend([*points, (1e7, {7: 3.0})])[0] == pytest.approx({0: 1, 1: 1})  # one width alone has seed 7
-    assert plot.trend(points[:1]) == ({}, {}) and plot.trend([]) == ({}, {})
+    assert plot.trend(points[:1]) == [{}, {}, {}] and plot.trend([]) == [{}, {}, {}]
 
 
 def test_gains_are_paired_by_seed(tmp_path):
@@ -196,6 +197,7 @@ def test_the_trend_table_has_both_stopping_rules_and_both_optimizers(tmp_path):
     decades = math.log10(266_610 / 61_035)
     means = {what: plot.interval(values)[0] for what, values in load.trends().items()}
     expected = {"gain": 10 / decades, "SGD": -10 / decades, "SAM": 0, "one rho": 10 / decades, "widest - narrowest": 10}
+    expected |= {"mean": 11, "gain at rho 0.1": 10 / decades}  # (6 + 16) / 2: the gains at both widths
     assert means == pytest.approx(expected, abs=1e-9)
     assert plot.interval(load.trends("held-out")["SGD"])[0] == pytest.approx(0)
     assert "| MNIST, MLP, epochs 2 | best held-out epoch | 3 | 2 of 2 | 0.1 | " in plot.summary([load])
@@ -228,7 +230,7 @@ def test_where_targets_are_numbers_a_gain_is_in_test_loss(tmp_path):
 
 
 def test_the_rate_is_fitted_before_float32_ends(tmp_path):
-    losses = [2 * math.exp(-0.9 * e) for e in range(18)] + [1e-8, 3e-8] * 6  # 2 exp(-16.2) is 0.9e-7 of the first
+    losses = [3.0] + [2 * math.exp(-0.9 * e) for e in range(1, 18)] + [1e-8, 3e-8] * 6  # the first starts at random
     rows = [{"epoch": e, "lr": 0.1, "train_loss": x, "train_acc": 1, "test_loss": 1, "test_acc": 0.9}
             for e, x in enumerate(losses, start=1)]  # fmt: skip
     runs = [run(rho, history=rows, epochs=30, schedule="constant") for rho in (None, 0.1)]
@@ -455,9 +457,9 @@ def test_pruner_and_sparsity_zero_are_dense(tmp_path):
 def test_seeds_that_lack_the_widest_are_left_out_where_three_have_it():
     narrow = {seed: float(seed) for seed in range(5)}
     wide = {seed: seed + 2.0 for seed in range(3)}
-    slopes, ends = plot.trend([(10, narrow), (100, narrow), (1000, wide)])
+    slopes, ends, _ = plot.trend([(10, narrow), (100, narrow), (1000, wide)])
     assert slopes == pytest.approx({0: 1, 1: 1, 2: 1}) and ends == pytest.approx({0: 2, 1: 2, 2: 2})
-    slopes, ends = plot.trend([(10, narrow), (100, narrow), (1000, {0: 5.0, 1: 5.0})])
+    slopes, ends, _ = plot.trend([(10, narrow), (100, narrow), (1000, {0: 5.0, 1: 5.0})])
     assert slopes == pytest.approx(dict.fromkeys(range(5), 0)) and len(ends) == 5
 
 
