@@ -133,8 +133,8 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         numbers |= {stop: float(self.sign * test[end]) for stop, end in ends.items()}
         numbers["clean"] = numbers.get("train_clean_acc", numbers.get("train_acc", math.nan))
         numbers["share"] = 100 * np.mean(history.get("last_layer_share", math.nan))
-        for key in curve.keys() - {"x"}:  # sum of |f''|: the total variation of the slope
-            numbers[f"bend of {key}"] = np.abs(np.diff(np.diff(curve[key]) / np.diff(curve["x"]))).sum()
+        bends = {key: np.diff(np.diff(y) / np.diff(curve["x"])) for key, y in curve.items() if key != "x"}
+        numbers |= {f"bend of {key}": np.abs(bend).sum() for key, bend in bends.items()}  # the slope's total variation
         end = int(np.argmin([*(loss > 1e-7 * loss[0]), False]))  # below, a sum of float32 losses is rounding
         if config["schedule"] == "constant" and end > 3:  # without the first epoch, which starts at random weights
             fitted = np.arange(1, end), np.log(loss[1:end])
@@ -283,8 +283,7 @@ def short(n):  # 61035 as 61k, 1426410 as 1.4M
 def draw(ax, points, label, style, color, *_):
     """A series: mean and interval at each point (x, {seed: value}); thin and grey, a line with a dot for each seed."""
     points = [(x, values) for x, values in points if values]
-    seeds = {seed for _, values in points for seed in values}
-    thin = [(x, values.get(seed, math.nan)) for seed in seeds for x, values in [*points, (math.nan, {})]]
+    thin = [(x, v.get(s, math.nan)) for s in {s for _, v in points for s in v} for x, v in [*points, (math.nan, {})]]
     if points:
         ax.plot(*zip(*thin), ".-" if style[1:] else ".", color=GREY, linewidth=0.5, markersize=2.5, zorder=1)
         x, mean, half = zip(*[(x, *interval(values)) for x, values in points])
@@ -359,8 +358,10 @@ def finish(fig, caption, path):
         group = ax.get_shared_y_axes().get_siblings(ax)
         y = np.array([y for a in group for line in a.lines for y in line.get_ydata() if math.isfinite(y)])
         if len(y) and ax.get_yscale() == "linear":
-            reach = max(y.max() - y.min(), abs(y.max()) / 100) or 1
-            ax.set_ylim(y.min() - 0.3 * reach, y.max() + 0.3 * reach)
+            bars = [bar[:, 1] for a in group for each in a.collections for bar in each.get_segments() if len(bar)]
+            reach, bars = max(y.max() - y.min(), abs(y.max()) / 100) or 1, np.concatenate([y, *bars])
+            low, high = max(np.nanmin(bars), y.min() - reach / 2), min(np.nanmax(bars), y.max() + reach / 2)
+            ax.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
     tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
     how = f" Bars: 95% intervals (Student's t) over seeds, on these {tests}test data, pointwise, cut if long; "
     how += "grey: a seed; n: seeds, the gain's slope per tenfold parameters. rho: best on held-out or else test data."
@@ -382,9 +383,9 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return [load for load in self if load.role() in roles]
 
     def gain_by_width(self):
-        """SAM's gain over SGD by width. The paper's rule: best test epoch, and the rho that is best on test data; the paper
-        is drawn where the settings are its own (synthetic: but for rate and schedule; held-out data aside)."""
-        return sheet(self.of("clean"), ("{0}", "gain, one rho, by its rule, paper"))
+        """SAM's gain over SGD by width. The paper's rule: the best test epoch, and the rho that is best on test data.
+        The paper is drawn where the settings are its own (synthetic: but for rate, schedule; held-out data aside)."""
+        return sheet(self.of("clean", "noisy"), ("{0}", "gain, held-out, one rho, by its rule, paper"))
 
     def accuracy_by_width(self):
         """SGD and SAM on test data, and SGD trained for twice the epochs; below, on training data, dotted: the width
@@ -413,8 +414,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
     def label_noise(self):
         """By fraction of flipped labels: SAM's gain after the last epoch, and where run and rho are taken at the best
         held-out epoch; SGD and SAM; accuracy on the training labels as they were. Held-out labels are clean."""
-        order = sorted(self.of("clean", "noisy"), key=lambda load: (load.base, load.noise))
-        noisy = [load for load in order if any(load.base == other.base for other in self.of("noisy"))]
+        noisy = [a for a in self.of("clean", "noisy") if any(a.base == b.base for b in self.of("noisy"))]
         fig = sheet(noisy, ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"), ("clean labels (%)", "SGD, SAM", "clean"))
         for (first, a), (second, b) in zip(fig.columns, fig.columns[1:]):
             for ax, other in zip(second, first) if a.base == b.base else ():
