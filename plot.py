@@ -544,7 +544,7 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             edge = ", the grid's edge" * (len(c.tried) > 1 and best in (c.tried[0], c.tried[-1]))
             row = {"width": c.width, "parameters": f"{c.params:,}", "non-zero": f"{c.nonzero:,}"}
             row |= {"seeds": len(c.pairs()), "rho": f"{best:g}{edge}", "as good": f"{alike[0]:g} to {alike[-1]:g}"}
-            numbers = "last", f"train_{load.metric}", "lambda_max", "s2", "trace", "rate", "R^2", "bend of y", "share"
+            numbers = "last paper train_acc train_loss lambda_max s2 trace rate R^2 share".split() + ["bend of y"]
             found = {f"{who} {number}": c.values(who, number) for number in numbers for who in ("SGD", "SAM")}
             curved = ("lambda_max", "s2", "train_loss") if found["SAM lambda_max"] else ()
             found |= {f"{name} at rho {rho:g}": c.values("SAM", name, rho) for name in curved for rho in c.tried}
@@ -561,8 +561,9 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
     return f"""# Trends
 
 Slopes per tenfold parameters, of SGD and SAM those of their test metric; ±: half a 95% interval over seeds on these
-test data, unresolved if it includes zero. `as good`: the range of radii within a paired error of the best; `last`: on
-test data; `rate`, `R^2`: of ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: the last layer's of |g|^2.
+test data, unresolved if it includes zero. `as good`: radii within a paired error of the best; `last`, `paper`: the
+last, the best test epoch; `rate`, `R^2`: of ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: last
+layer's of |g|^2.
 
 {table(trends)}{text}"""
 

@@ -4,6 +4,7 @@ import ast
 import copy
 import importlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -20,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import plot
 from common import SAM, frozen_bn_stats
 
 ROOT = Path(__file__).parent.parent
@@ -333,3 +335,18 @@ def test_the_recipe_of_a_figure(clone):
     call(clone, sys.executable, "plot.py")
     assert (clone / "figures" / "training_loss.png").exists()
     assert len(DIFFS) == 4
+
+
+# Its results
+
+
+def test_its_results_are_those_of_the_shipped_files():
+    shipped = (ROOT / "figures" / "overnight" / "summary.md").read_text(encoding="utf-8")
+    drawn = plot.summary(plot.workloads(ROOT / "results" / "overnight")[0])
+    number = r"\d[\d.]*(?:e[+-]\d+)?"
+    assert re.sub(number, "#", shipped).startswith(re.sub(number, "#", drawn))
+    for one, other in zip(re.findall(number, shipped), re.findall(number, drawn)):
+        assert math.isclose(float(one), float(other), rel_tol=0.02, abs_tol=0.011), (one, other)  # a rounding apart
+    results = README[README.index("\n## Results") : README.index("\n## Use SAM")]
+    intervals = re.findall(rf"[+-]?{number} ± {number}", results)
+    assert len(intervals) > 50 and not [text for text in intervals if f" {text} " not in shipped]

@@ -236,6 +236,8 @@ def test_no_shipped_result_is_without_its_command(monkeypatch):
         named |= {common.result_path(config) for config in common.parse(*programs[argv[0]])}
     shipped = {*Path("results/overnight").glob("*/*.json")}
     assert len(named) == len(runs(listed("overnight"))) and shipped and shipped <= named, shipped - named
+    told = f"{len(shipped)} of its {len(named)} runs"
+    assert told in " ".join(Path("README.md").read_text(encoding="utf-8").split())
 
 
 def test_quick_is_every_experiment_on_the_shipped_images():
