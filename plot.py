@@ -560,10 +560,9 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
         text += f"\n## {load.title}\n\nrho is chosen on {load.chosen_on} data.\n\n{table(rows)}"
     return f"""# Trends
 
-Slopes per tenfold parameters, of SGD and SAM those of their test metric; ±: half a 95% interval over seeds on these
-test data, unresolved if it includes zero. `as good`: radii within a paired error of the best; `last`, `paper`: the
-last, the best test epoch; `rate`, `R^2`: of ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: last
-layer's of |g|^2.
+Slopes per tenfold parameters, SGD's and SAM's of their test metric; ±: half a 95% interval over seeds on these test
+data, unresolved if it includes zero. `as good`: radii within a paired error of the best; `last`, `paper`: last, best
+test epoch; `rate`, `R^2`: of ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: last layer's, of |g|^2.
 
 {table(trends)}{text}"""
 
