@@ -81,7 +81,8 @@ overnight() { # an empty line ends a row: the rows stay in order, since the last
     local three="--val-size 5000 --seed 0 1 2" five="--val-size 5000 --seed 0 1 2 3 4"
     local widths="75-25 150-50 300-100 1200-400"
     local noisy="label_noise.py --hidden $widths --train-size 10000"
-    both "0.1 0.2 0.3 0.5" $noisy --noise 0.25 0.5 --epochs 60 $five
+    both "0.1 0.2 0.3 0.5 0.7" $noisy --noise 0.25 --epochs 60 $five
+    both "0.1 0.2 0.3 0.5" $noisy --noise 0.5 --epochs 60 $five
     both "0.05 0.1 0.2 0.3" $noisy --noise 0.75 --epochs 60 $five
     sam "0.1 0.2 0.3" $noisy --noise 0.5 --perturb last --epochs 60 $five
     sam "0.1 0.2 0.3" $noisy --noise 0.5 --perturb rest --epochs 60 $five
