@@ -548,7 +548,7 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             found = {f"{who} {number}": c.values(who, number) for number in numbers for who in ("SGD", "SAM")}
             curved = ("lambda_max", "s2", "train_loss") if found["SAM lambda_max"] else ()
             found |= {f"{name} at rho {rho:g}": c.values("SAM", name, rho) for name in curved for rho in c.tried}
-            row |= {k: "{:.4g} ± {:.2g}".format(*interval(v)).removesuffix(" ± nan") for k, v in found.items() if v}
+            row |= {k: "{:.4g} ± {:.3g}".format(*interval(v)).removesuffix(" ± nan") for k, v in found.items() if v}
             gains = {"gain": c.values("gain")} | {f"gain at rho {rho:g}": c.values("gain", rho=rho) for rho in c.radii}
             others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
             gains["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
