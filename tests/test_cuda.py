@@ -48,12 +48,14 @@ def fake(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *args, **kwargs: module)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: Epoch.backward(loss))
     monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: None)
-    for setting in ("allow_tf32", "benchmark"):
-        monkeypatch.setattr(torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", torch.backends.cuda.matmul.allow_tf32)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul  # properties, which monkeypatch would delete
+    settings = [(cudnn, "allow_tf32"), (cudnn, "benchmark"), (matmul, "allow_tf32")]
+    before = [getattr(owner, name) for owner, name in settings]
     common.channel_stats.cache_clear()
     yield monkeypatch
     common.channel_stats.cache_clear()
+    for (owner, name), value in zip(settings, before):
+        setattr(owner, name, value)
 
 
 @pytest.mark.filterwarnings("ignore:.*Disabling autocast")
