@@ -216,8 +216,7 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         return subtract(cell.values("gain"), alike[0].values("gain")) if alike else {}
 
     def trends(self, stop="last"):
-        """By seed, the slopes per tenfold parameters of the gain, SGD and SAM; the gain's change from the narrowest
-        width to the widest, mean over widths, and slope at one rho for all; {} where there is no trend."""
+        """By seed: slopes per tenfold parameters, the gain's at each rho too, its widest - narrowest, mean; or {}."""
         if self.deep or self.settings["pruner"] or stop not in self.cells[0].run.score:
             return {}
         found = {what: trend(self.points(what, stop))[0] for what in ("gain", "SGD", "SAM", "one rho")}
@@ -265,7 +264,7 @@ def workloads(folder):
     for run in [twins[0] for key, twins in found.items() if key not in used]:
         why = "SAM diverged at this rho, or no run of SGD" if run.rho is not None else "no run of SAM"
         left.setdefault(run.path, "diverged" if run.status == "diverged" else f"{why} beside it")
-    keys = set().union(*(load.settings for load in loads.values()))
+    keys = {key for load in loads.values() for key in load.settings}
     for key in sorted(keys, key=lambda key: (key != "dataset", key in KNOWN, key)):
         titles = [title for title, _ in {(load.title, str(load.settings.get(key))) for load in loads.values()}]
         for load in loads.values():  # as few settings as tell the titles apart
@@ -414,7 +413,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
     def label_noise(self):
         """By fraction of flipped labels: SAM's gain after the last epoch, and where run and rho are taken at the best
         held-out epoch; SGD and SAM; accuracy on the training labels as they were. Held-out labels are clean."""
-        noisy = [a for a in self.of("clean", "noisy") if any(a.base == b.base for b in self.of("noisy"))]
+        order = sorted(self.of("clean", "noisy"), key=lambda load: (load.base, load.noise))
+        noisy = [load for load in order if any(load.base == other.base for other in self.of("noisy"))]
         fig = sheet(noisy, ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"), ("clean labels (%)", "SGD, SAM", "clean"))
         for (first, a), (second, b) in zip(fig.columns, fig.columns[1:]):
             for ax, other in zip(second, first) if a.base == b.base else ():
@@ -482,7 +482,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
                     y = np.where(abs(run.function["y"]) < 5, run.function["y"], math.nan)
                     ax.plot(run.function["x"], y, color=SGD if run.rho is None else SAM, linewidth=0.7)
                 ax.plot(*CURVE, ".", color="black", markersize=4)
-                ax.set(xscale="linear", xlabel=f"x; width {c.width}" if c else "", yticks=(-4, 0, 4), visible=bool(c))
+                ax.set(xscale="linear", xlabel=f"x; width {c and c.width}", yticks=range(-4, 5, 2), visible=bool(c))
                 fig.places[ax] = 0.45 + 1.6 * j, 4.1 * i + 0.4, 1.2, 1.35
             draw(bend, load.points("SGD", "bend of y_initial"), "at initialization", "^:", "black")
             fig.places |= {bend: (0.7, 4.1 * i + 2.35, 2.4, 1.15), loss: (4, 4.1 * i + 2.35, 2.4, 1.15)}
@@ -491,7 +491,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
 
     def convergence(self):
         """Training loss at a constant rate, a line a width (mean over seeds): SAM, SGD. Below, the slope of ln(loss)
-        per epoch, and its R^2, over the epochs before the loss is 1e-7 of the first, where float32 ends."""
+        per epoch, and its R^2, from the second epoch until the loss is 1e-7 of the first, where float32 ends."""
         rows = ("loss of SAM",), ("loss of SGD",), *[(name, "SGD, SAM", name) for name in ("rate", "R^2")]
         fig = sheet(self.of("constant"), *rows)
         for axes, load in fig.columns:

@@ -358,6 +358,17 @@ def test_noise_rates_are_told_apart(tmp_path):
     ]
 
 
+def test_noise_rates_of_one_sweep_stand_side_by_side_and_share_their_axes(tmp_path):
+    cells = [{"noise": noise, "epochs": epochs} for epochs in (2, 4) for noise in (0.05, 0.25, 0.5)]
+    runs = [r for cell in cells for r in pair(script="label_noise", **cell)]
+    columns = plot.Figures(read(tmp_path, runs)[0]).label_noise().columns
+    assert [(load.settings["epochs"], load.noise) for _, load in columns] == [
+        (e, n) for e in (2, 4) for n in (0.05, 0.25, 0.5)
+    ]
+    shared = [axes[0].get_shared_y_axes().joined(axes[0], columns[0][0][0]) for axes, _ in columns]
+    assert shared == [True, True, True, False, False, False]
+
+
 def test_own_noise_0_cells_stand_beside_the_clean_cells_of_other_widths(tmp_path):
     clean = [*pair(hidden="75-25"), *pair(hidden="600-200")]
     loads, left = read(tmp_path, [*clean, *pair(hidden="300-100", script="label_noise", noise=0.0)])
