@@ -7,6 +7,7 @@ Minimization", UAI 2025, arXiv 2311.17539. SAM is Foret et al., ICLR 2021; its a
 
 import argparse
 import contextlib
+import copy
 import datetime
 import functools
 import gc
@@ -237,9 +238,8 @@ def split_sizes(config, images):
     rest = images - config.val_size
     size = config.train_size or rest
     if not max(1, config.sharpness) <= size <= rest:
-        sizes = f"--train-size {config.train_size or 'all'}, --val-size {config.val_size}"
-        too_many = f"too many for {images} training images, or the first larger than the second"
-        exit_with_error(f"--sharpness {config.sharpness}, {sizes}: {too_many}")
+        got = f"--sharpness {config.sharpness}, --train-size {config.train_size or 'all'}, --val-size {config.val_size}"
+        exit_with_error(f"{got}: too many for {images} training images, or the first larger than the second")
     shared = config.batch_size, size % config.batch_size or config.batch_size, config.val_size or config.processes
     if min(shared) < config.processes:
         exit_with_error(f"--batch-size {config.batch_size}, --val-size {config.val_size}: leave a process no image")
@@ -479,8 +479,7 @@ def sharpness(model, loss, images, targets, masks=None, probes=100):
         squares = mean(lambda x, y: torch.vmap(squared)(x, y).sum(0), max(1, min(64, 2**23 // count)))
         return squares - product(product(v))
 
-    training, rng = model.training, torch.Generator().manual_seed(0)
-    model.eval()
+    rng, model = torch.Generator().manual_seed(0), copy.deepcopy(model).eval()
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # torch's own, at the first jvp
     start = mask * torch.randn(count, generator=rng).to(mask)
     value, residual = largest_eigenpair(product, start)
@@ -491,7 +490,6 @@ def sharpness(model, loss, images, targets, masks=None, probes=100):
         signs = (2 * torch.randint(2, (count,), generator=rng).to(mask) - 1 for _ in range(probes))
         traces = torch.stack([v @ product(v) for v in signs])
         trace, error = traces.mean().item(), traces.std().item() / probes**0.5
-    model.train(training)
     found = {"images": len(images), "lambda_max": value, "lambda_max_residual": residual}
     return found | {"trace": trace, "trace_se": error, "s2": max(spread, 0) ** 0.5, "s2_residual": spread_residual}
 
@@ -501,6 +499,7 @@ def measure_sharpness(recorder, loss_fn, split, targets, masks=None):
     config, model = recorder.config, recorder.model
     if not config.sharpness or not is_main() or recorder.status != "done":
         return None
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # the next run sets them anew
     vars(model).pop("forward", None)  # without --amp
     model._compiled_call_impl = None  # and --compile: second derivatives fail under it, or are wrong
     first = torch.arange(config.sharpness, device=targets.device)
@@ -615,10 +614,11 @@ def parse(parser, settings_of):
     processes = int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
     parser.set_defaults(**settings_of(parser.parse_args()), script=Path(sys.argv[0]).stem, processes=processes)
     args = parser.parse_args()
-    defaults = {key: parser.get_default(key) for key in vars(args)} | {"processes": 1}
-    defaults = {key: value[0] if isinstance(value, list) else value for key, value in defaults.items()}
+    defaults = {k: v[0] if isinstance(v := parser.get_default(k), list) else v for k in vars(args)} | {"processes": 1}
     if not args.sam and (args.rho or args.adaptive or args.perturb != "all"):
         parser.error("--rho, --adaptive and --perturb need --sam")
+    if args.schedule == "step" and not args.milestones:
+        parser.error("--schedule step: this training has no milestones; give it some, in the script's SETTINGS")
     args.rho = args.rho or ([0.05] if args.sam else [None])
     if processes > 1 and re.fullmatch(r"cuda:\d+", args.device):
         parser.error(f"--device {args.device}: under torchrun each process takes a GPU of its own; give --device cuda")
@@ -642,7 +642,7 @@ def run_name(config):
     for key, value in vars(config).items():
         if key not in named | PLACE and value != config.defaults[key]:
             parts.append(key.replace("_", "-") + ("" if value is True else f"={value}"))
-    name = quote("_".join(parts), safe="=")
+    name = quote(os.fsencode("_".join(parts)), safe="=")
     return name if len(name) < 180 else f"{name[:160]}-{uuid.uuid5(uuid.NAMESPACE_URL, name).hex[:16]}"
 
 

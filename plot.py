@@ -21,24 +21,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 SGD, SAM, GREY = "#0072B2", "#D55E00", "#8c8c8c"  # Okabe and Ito: told apart by the colour-blind and in print
-LOOK = {  # what is drawn by width: label, style, colour, of whom, and which settings of the workload are others
-    "SGD": ("SGD", "s-", SGD, "SGD", {}),
-    "SAM": ("SAM", "o-", SAM, "SAM", {}),
-    "twice": ("SGD, twice the epochs", "D:", SGD, "twice", {}),
-    "gain": ("SAM - SGD", "o-", SAM, "gain", {}),
-    "held-out": ("SAM - SGD, best held-out epoch", "o:", SAM, "gain", {}),
-    "by its rule": ("SAM - SGD, by the paper's rule", "x:", SAM, "gain", {}),
-    "one rho": ("SAM - SGD, one rho for all widths", "s:", SAM, "gain", {}),
-    "paper": ("the paper", "x:", "black", "paper", {}),
-    "no decay": ("without weight decay", "s--", "black", "gain", {"weight_decay": 0.0}),
-    "rest": ("all but the last layer perturbed", "^--", "#CC79A7", "gain", {"perturb": "rest"}),
-    "last": ("the last layer alone perturbed", "v--", "#009E73", "gain", {"perturb": "last"}),
-    "dense": ("SAM - SGD, dense", "o:", "black", "gain", {"pruner": None}),
-    "dense SGD": ("SGD, dense", "s:", SGD, "SGD", {"pruner": None}),
-    "dense SAM": ("SAM, dense", "o:", SAM, "SAM", {"pruner": None}),
-}
+# What is drawn by width: label, style, colour, of whom, and which settings of the workload are others
+LOOK = {"SGD": ("SGD", "s-", SGD, "SGD", {}), "SAM": ("SAM", "o-", SAM, "SAM", {})}
+LOOK |= {"twice": ("SGD, twice the epochs", "^:", SGD, "twice", {}), "paper": ("the paper", "x:", "black", "paper", {})}
+LOOK |= {"gain": ("SAM - SGD", "D-", SAM, "gain", {}), "held-out": ("SAM - SGD, held-out epoch", "D:", SAM, "gain", {})}
+LOOK["by its rule"] = "SAM - SGD, by the paper's rule", "x:", SAM, "gain", {}
+LOOK["one rho"] = "SAM - SGD, one rho for all widths", "s:", SAM, "gain", {}
+LOOK["tuned"] = "SAM - SGD, the best number of epochs of each", "v:", "#009E73", "tuned", {}
+LOOK["no decay"] = "without weight decay", "s--", "black", "gain", {"weight_decay": 0.0}
+LOOK["rest"] = "all but the last layer perturbed", "^--", "#CC79A7", "gain", {"perturb": "rest"}
+LOOK["last"] = "the last layer alone perturbed", "v--", "#009E73", "gain", {"perturb": "last"}
+LOOK["dense"] = "SAM - SGD, dense", "D:", "black", "gain", {"pruner": None}
 MNIST = {"model": "MLP", "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
-MNIST |= {"noise": 0, "pruner": None, "perturb": "all", "loss": "ce", "schedule": "step", "train_size": None}
+MNIST |= {"noise": 0, "warmup": 0, "perturb": "all", "loss": "ce", "schedule": "step", "train_size": None}
 CIFAR = MNIST | {"model": "ResNet-18", "epochs": 200, "weight_decay": 5e-4}
 IMAGENET = MNIST | {"model": "ResNet-50", "epochs": 90, "batch_size": 512, "schedule": "cosine", "warmup": 5000}
 TEACHER = MNIST | {"lr": 0.01, "momentum": 0, "weight_decay": 0, "loss": "mse"}  # the paper's lr, 0.1, diverges here
@@ -86,16 +81,14 @@ def trend(points):
     return [{}, {}, {}]
 
 
-def subtract(a, b):
-    return {seed: a[seed] - b[seed] for seed in a if seed in b}
-
-
 class Run:  # A result file: settings (where it lacks a flag, the default), history as arrays, numbers by name
     def __init__(self, path):
         self.path, result = path, json.loads(path.read_bytes())
         config, rows, self.status = DEFAULTS | result["config"], result["history"], result["status"]
         if len(rows) != {"done": config["epochs"] or max(len(rows), 1), "diverged": len(rows)}[self.status]:
             raise ValueError(f"{self.status}, but its history has {len(rows)} epochs")
+        if rows and config["val_size"] and "val_loss" not in rows[0]:
+            raise ValueError("held-out data, but no score of them")
         keys = [key for key in KEYS if rows and key in rows[0]]
         arrays = np.array([[row[key] for key in keys] for row in rows], float).T
         self.history = {key: values * (100 if key.endswith("acc") else 1) for key, values in zip(keys, arrays)}
@@ -116,7 +109,8 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         # a script with neither --hidden nor --filters sets its width by a number of its own
         own = [k for k, v in settings.items() if type(v) is float and not (shape or filters or k in KNOWN)]
         cell = self.width, self.params, sparsity, *map(settings.pop, sorted(own))
-        self.key = freeze(settings), cell, self.rho, self.seed
+        self.key, self.epochs = (freeze(settings), cell, self.rho, self.seed), settings["epochs"]
+        self.sgd = freeze(settings | {"epochs": None, "adaptive": False, "perturb": "all"}), cell  # as SGD's runs have
         self.function = {key: np.array(values, float) for key, values in (result.get("function") or {}).items()}
         # numbers: the test metric (% or loss) by stopping rule, last values and more; score: what rho is chosen by
         self.numbers = {k: float(v) for k, v in (result.get("sharpness") or {}).items() if v is not None}
@@ -141,11 +135,13 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
             numbers |= {"rate": np.polyfit(*fitted, 1)[0], "R^2": np.corrcoef(*fitted)[0, 1] ** 2}
 
 
-class Cell:  # One network: SGD's runs by seed, one kind of SAM's by rho and seed, SGD's at twice the epochs
-    def __init__(self, sgd, sam, twice):
-        self.run, self.twice, self.tried = next(iter(sgd.values())), twice, sorted(sam)
-        self.width, self.params, self.nonzero = self.run.width, self.run.params, self.run.nonzero
+class Cell:  # One network: SGD's runs by number of epochs and seed, one kind of SAM's by rho and seed
+    def __init__(self, epochs, lengths, sam):
+        sgd, self.twice, self.tried = lengths[epochs], lengths.get(2 * epochs or -1, {}), sorted(sam)
+        self.run = next(iter(sgd.values()))
+        self.width, self.params, self.nonzero = self.same = self.run.width, self.run.params, self.run.nonzero
         self.sgd = {seed: run for seed, run in sgd.items() if any(seed in runs for runs in sam.values())}
+        self.lengths = lengths | {epochs: self.sgd}
         self.diverged = [rho for rho in self.tried if any(run.status == "diverged" for run in sam[rho].values())]
         self.sam = {rho: {s: r for s, r in sam[rho].items() if s in sgd} for rho in sam if rho not in self.diverged}
         radii = sorted(self.sam, key=lambda rho: -len(self.sam[rho]))  # those that can be compared: that share seeds
@@ -154,16 +150,21 @@ class Cell:  # One network: SGD's runs by seed, one kind of SAM's by rho and see
         self.radii, self.shared = sorted(radii), sorted(shared, key=str) if radii else []
         self.chosen = {stop: choose([self], stop) for stop in STOPS}
 
-    def pairs(self, rho=None, stop="last"):  # [(SGD's run, SAM's run)] of each seed, at this rho or at the best
-        return [(self.sgd[s], run) for s, run in self.sam.get(self.chosen[stop][0] if rho is None else rho, {}).items()]
+    def pairs(self, rho=None, stop="last", twice=False):  # [(SGD's run, SAM's)] of each seed, at this rho or the best
+        sam, sgd = self.sam.get(self.chosen[stop][0] if rho is None else rho, {}), self.twice if twice else self.sgd
+        return [(sgd[seed], run) for seed, run in sam.items() if seed in sgd]
 
     def values(self, whose, number="last", rho=None):
         """{seed: number} of SGD, of SAM, of SGD at "twice" the epochs; or of SAM's gain over SGD."""
         pairs = self.pairs(rho, number if number in STOPS else "last")
-        if whose == "gain":
-            return {a.seed: a.sign * (b.numbers[number] - a.numbers[number]) for a, b in pairs}
         runs = self.twice.values() if whose == "twice" else [pair[whose == "SAM"] for pair in pairs]
+        if whose == "gain":
+            return gains(pairs, number)
         return {run.seed: run.numbers[number] for run in runs if math.isfinite(run.numbers.get(number, math.nan))}
+
+
+def gains(pairs, number):  # SAM's over SGD, by seed
+    return {a.seed: a.sign * (b.numbers[number] - a.numbers[number]) for a, b in pairs}
 
 
 def choose(cells, stop="last", without=None):
@@ -189,8 +190,8 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         parts += [self.shape if self.deep else "", f"{100 * self.noise:.4g}% flipped" * (self.noise > 0)]
         self.title = ", ".join(filter(None, [*parts, LOOK.get(settings["perturb"], [""])[0]]))
         paper, gains = PAPER.get(name.lower().replace("-jpeg", ""), (MNIST, ""))
-        self.usual = DEFAULTS | paper
-        own = (paper | {"adaptive": False}).items() <= settings.items() and self.shape in ([], [0], [0, -5])
+        self.usual, paper = DEFAULTS | paper, paper | {"adaptive": False, "pruner": None}
+        own = paper.items() <= settings.items() and self.shape in ([], [0], [0, -5])
         self.paper = [(x, {0: y}) for x, y in np.array(gains.split(), float).reshape(-1, 2)] if own else []
 
     def find(self, **changes):  # the workload that differs in these settings alone
@@ -199,13 +200,28 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
     def role(self):  # to which figures it belongs
         roles = {"depth": self.deep, "part": self.settings["perturb"] != "all", "sparse": self.settings["pruner"]}
         roles |= {"curve": self.dataset.startswith("curve"), "constant": self.settings["schedule"] == "constant"}
-        roles["decay"] = any(load.find(weight_decay=0.0) is self for load in self.others.values() if load is not self)
+        alike = [load for load in self.others.values() if load.find(weight_decay=0.0) is self]  # itself, too
+        roles["decay"] = len(alike) > 1 and self.usual["weight_decay"] > 0
+        longer = [n for n in self.cells[0].lengths if n > self.settings["epochs"] != self.usual["epochs"]]
+        roles["short"] = any(self.find(epochs=n) for n in longer)
         return next((role for role, holds in roles.items() if holds), "noisy" if self.noise else "clean")
+
+    def tuned(self, cell):
+        """[(SGD's run, SAM's)]: each of the number of epochs, and SAM's of the rho, best at the held-out epoch."""
+        alike = [c for n in cell.lengths if (load := self.find(epochs=n)) for c in load.cells if c.same == cell.same]
+        every = [*cell.lengths.values()], [runs for c in alike for runs in c.sam.values()]
+        whole = [[[runs[s] for s in cell.shared] for runs in some if runs.keys() >= {*cell.shared}] for some in every]
+        if len(cell.lengths) < 2 or "held-out" not in cell.run.score:
+            return []
+        return [*zip(*(max(some, key=lambda runs: np.mean([run.score["held-out"] for run in runs])) for some in whole))]
 
     def points(self, what, number="last"):
         """[(x, {seed: number})] of what LOOK names; x: the number of parameters that are not pruned, or of layers."""
-        (*_, whose, changes), number = LOOK[what], {"held-out": what, "by its rule": "paper"}.get(what, number)
+        *_, whose, changes = LOOK[what]
+        number = {"by its rule": "paper", "held-out": what}.get(what, number)
         load, rho = self.find(**changes), choose(self.cells, number)[0] if what == "one rho" else None
+        if whose == "tuned":
+            return [(c.nonzero, gains(self.tuned(c), "held-out")) for c in self.cells]
         if whose == "paper" or not load or (changes and load is self):
             return self.paper if whose == "paper" else []
         return [(len(c.run.layers) if self.deep else c.nonzero, c.values(whose, number, rho)) for c in load.cells]
@@ -213,14 +229,17 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
     def contrast(self, cell):  # the gain of a pruned network minus that of a dense one with as many weights left
         dense = self.find(pruner=None) if self.settings["pruner"] else None
         alike = [d for d in dense.cells if 0.95 < cell.nonzero / d.params < 1.05] if dense else []
-        return subtract(cell.values("gain"), alike[0].values("gain")) if alike else {}
+        own, other = cell.values("gain"), alike[0].values("gain") if alike else {}
+        return {seed: own[seed] - other[seed] for seed in own if seed in other}
 
     def trends(self, stop="last"):
         """By seed: slopes per tenfold parameters, the gain's at each rho too, its widest - narrowest, mean; or {}."""
         if self.deep or self.settings["pruner"] or stop not in self.cells[0].run.score:
             return {}
-        found = {what: trend(self.points(what, stop))[0] for what in ("gain", "SGD", "SAM", "one rho")}
-        found["widest - narrowest"], found["mean"] = trend(self.points("gain", stop))[1:]
+        whats = ["gain", "SGD", "SAM", "one rho"] + ["tuned"] * (stop == "held-out")
+        found = {what: trend(self.points(what, stop))[0] for what in whats}
+        found["widest - narrowest"] = trend(self.points("gain", stop))[1]
+        found |= {f"mean {what}": trend(self.points(what, stop))[2] for what in whats[::4]}
         for rho in sorted({rho for c in self.cells for rho in c.radii}):
             found[f"gain at rho {rho:g}"] = trend([(c.params, c.values("gain", stop, rho)) for c in self.cells])[0]
         return found if found["gain"] else {}
@@ -240,27 +259,28 @@ def read(path):
 
 def workloads(folder):
     """The workloads of the result files below the folder, and {path: why} of those that are in none."""
-    found, group, cells, loads, left = defaultdict(list), defaultdict(dict), defaultdict(list), {}, {}
+    found, sgd, sam, cells, loads, left = (defaultdict(kind) for kind in (list, dict, dict, list, dict, str))
     with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:  # most of the time goes into reading
         for path, run in pool.map(read, sorted(Path(folder).glob("*/*.json")), chunksize=50):
             found[run.key].append(run) if isinstance(run, Run) else left.update({path: run})
-    for (settings, cell, rho, seed), twins in found.items():
+    for (settings, _, rho, seed), twins in found.items():
         if len({(run.status, *run.history.get("test_loss", ())) for run in twins}) > 1:
             left |= {run.path: "another result of the same run differs" for run in twins}
-        else:
-            group[settings, cell].setdefault(rho, {})[seed] = max(twins, key=lambda run: "trace" in run.numbers)
-    for (settings, cell), radii in [*group.items()]:
-        base = json.loads(settings) | {"adaptive": False, "perturb": "all"}
-        both = [(freeze(base | {"epochs": n * base["epochs"] or n - 1.0}), cell) for n in (1, 2)]  # 0 has no double
-        sgd, twice = ({s: r for s, r in group[k].get(None, {}).items() if r.status == "done"} for k in both)
-        sam = {rho: runs for rho, runs in radii.items() if rho is not None}
-        if sgd and sam and (made := Cell(sgd, sam, twice)).radii:
+            continue
+        run = max(twins, key=lambda run: (len(run.numbers), run.numbers.get("images", 0)))
+        if rho is not None:
+            sam[settings, run.sgd, run.epochs].setdefault(rho, {})[seed] = run
+        elif run.status == "done":
+            sgd[run.sgd].setdefault(run.epochs, {})[seed] = run
+    for (settings, base, epochs), radii in sam.items():
+        if epochs in sgd[base] and (made := Cell(epochs, sgd[base], radii)).radii:
             cells[settings].append(made)
     loads |= {key: Workload(json.loads(key), made, loads) for key, made in cells.items()}
     for load, one in [(load, one) for load in loads.values() if load.deep and (one := load.find(shape=[0]))]:
         load.cells = [c for c in one.cells if load.shape == f"layers of {c.width}"] + load.cells  # a depth, too
         loads = {key: other for key, other in loads.items() if other is not one or one.cells != load.cells[:1]}
-    used = {r.key for c in sum(cells.values(), []) for runs in (c.sgd, c.twice, *c.sam.values()) for r in runs.values()}
+    parts = [(*c.lengths.values(), *c.sam.values()) for c in sum(cells.values(), [])]
+    used = {run.key for part in parts for runs in part for run in runs.values()}
     for run in [twins[0] for key, twins in found.items() if key not in used]:
         why = "SAM diverged at this rho, or no run of SGD" if run.rho is not None else "no run of SAM"
         left.setdefault(run.path, "diverged" if run.status == "diverged" else f"{why} beside it")
@@ -280,11 +300,11 @@ def short(n):  # 61035 as 61k, 1426410 as 1.4M
 
 
 def draw(ax, points, label, style, color, *_):
-    """A series: mean and interval at each point (x, {seed: value}); thin and grey, a line with a dot for each seed."""
+    """A series: mean and interval at each point (x, {seed: value}); thin and grey, if it is solid, a line a seed."""
     points = [(x, values) for x, values in points if values]
     thin = [(x, v.get(s, math.nan)) for s in {s for _, v in points for s in v} for x, v in [*points, (math.nan, {})]]
     if points:
-        ax.plot(*zip(*thin), ".-" if style[1:] else ".", color=GREY, linewidth=0.5, markersize=2.5, zorder=1)
+        ax.plot(*(zip(*thin) if "-" in style else ([], [])), ".-", color=GREY, linewidth=0.5, markersize=2.5, zorder=1)
         x, mean, half = zip(*[(x, *interval(values)) for x, values in points])
         look = {"color": color, "markerfacecolor": color if "-" in style else "white", "markersize": 4.5}
         ax.errorbar(x, mean, half, fmt=style, label=label, elinewidth=1, **look)
@@ -304,13 +324,11 @@ def ticks(ax, names, log=True, **more):
 def by_rho(ax, load, number, shade):
     """A line a cell: means over the seeds that its radii share, evenly spaced from SGD (0) on; returns {rho: x}."""
     at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.tried}), start=1)}
-    for c in load.cells:
+    for c in [c for c in load.cells if c.values("SAM", number)]:
         runs, best = {0: c.sgd} | {at[rho]: c.sam[rho] for rho in c.radii}, at[c.chosen["last"][0]]
         y = {x: np.mean([runs[x][seed].numbers.get(number, math.nan) for seed in c.shared]) for x in runs}
         ax.plot([*y], [*y.values()], ".-", linewidth=1, **shade(c))
         ax.plot(best, y[best], "o", markerfacecolor="none", color=SAM, markersize=8)
-        for rho in c.diverged:
-            ax.text(at[rho], 0.02, "x", color=shade(c)["color"], transform=ax.get_xaxis_transform())
     ticks(ax, {0: "SGD"} | {x: f"{rho:g}" for rho, x in at.items()}, log=False, xlabel="rho")
     return at
 
@@ -322,22 +340,22 @@ def by_epoch(ax, cell, i, key, start=0, **style):  # SGD's (i = 0) or SAM's (1) 
 
 
 def sheet(loads, *rows):
-    """A column a workload, three side by side; a row: its name, what of LOOK, which number (or the figure draws)."""
-    fig, shown = Figure(), loads[:9]
-    fig.columns, fig.left_out, fig.places, block = [], loads[9:], {}, 0.8 + 1.65 * len(rows)  # inches
-    across, wide = {1: (1, 2.7), 2: (2, 1.75), 4: (2, 1.75)}.get(len(shown), (3, 1.15))
+    """A column a workload, up to four side by side; a row: its name, what of LOOK, which number, or nothing."""
+    fig, shown = Figure(), loads[:8]
+    fig.columns, fig.left_out, fig.places, block = [], loads[8:], {}, 0.8 + 1.65 * len(rows)  # inches
+    across, wide = {1: (1, 2.7), 2: (2, 1.75)}.get(len(shown), (3 if len(shown) in (3, 5, 6) else 4, 1.15))
     for i, load in enumerate(shown):
         axes = [fig.add_axes((0, 0, 1, 1), label=f"{i} {row}") for row in range(len(rows))]
-        gain = load.trends().get("gain") if rows[0][0] == "{0}" else None
+        gain = load.trends().get("gain") if rows[0][0].startswith("{0}") else None
         title = textwrap.fill(load.title, int(15 * wide + 8)) + (f"\nn={len(gain)}: {load.say(gain)}" if gain else "")
-        axes[0].set_title(title, fontsize=7 if across == 3 else 8)
+        axes[0].set_title(title, fontsize=7 if across > 2 else 8)
         for row, ax in enumerate(axes):
             name, *whats = (text.format(*WORDS[load.metric]) for text in rows[row])
             fig.places[ax] = 0.75 + i % across * (wide + 0.72), i // across * block + 0.7 + 1.65 * row, wide, 1.15
             for what in whats[0].split(", ") if whats else ():
                 draw(ax, load.points(what, *whats[1:]), *LOOK[what])
             ax.set_yscale("log" if whats[1:] in (["train_loss"], ["bend of y"]) else "linear")
-            if rows[row][0] == "{0}":
+            if rows[row][0].startswith("{0}"):
                 ax.axhline(0, color="black", linewidth=0.7, zorder=0)
             at = {x: x if load.deep else short(x) for what in ("SGD", "dense") for x, _ in load.points(what)}
             ticks(ax, at, not load.deep, xlabel=load.xlabel, ylabel=name)
@@ -362,10 +380,11 @@ def finish(fig, caption, path):
             low, high = max(np.nanmin(bars), y.min() - reach / 2), min(np.nanmax(bars), y.max() + reach / 2)
             ax.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
     tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
-    how = f" Bars: 95% intervals (Student's t) over seeds, on these {tests}test data, pointwise, cut if long; "
-    how += "grey: a seed; n: seeds, the gain's slope per tenfold parameters. rho: best on held-out or else test data."
+    bars = f" Bars: 95% intervals (Student's t) over seeds, on these {tests}test data, pointwise, cut if long; grey: "
+    caption += f"{bars}a seed." * any(ax.containers for ax in fig.axes)
+    caption += " n: seeds, the gain's slope per tenfold parameters. rho: best on held-out or else test data."
     width, height = fig.get_size_inches()
-    text = textwrap.fill(" ".join((caption + how).split()), int(17 * width))
+    text = textwrap.fill(" ".join(caption.split()), int(17 * width))
     keys = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     across = max(1, int(13 * width / (max(map(len, keys), default=0) + 6)))
     below, legend = 0.14 * text.count("\n") + 0.3, 0.19 * math.ceil(len(keys) / across)
@@ -382,23 +401,22 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return [load for load in self if load.role() in roles]
 
     def gain_by_width(self):
-        """SAM's gain over SGD by width. The paper's rule: the best test epoch, and the rho that is best on test data.
-        The paper is drawn where the settings are its own (synthetic: but for rate, schedule; held-out data aside)."""
-        return sheet(self.of("clean", "noisy"), ("{0}", "gain, held-out, one rho, by its rule, paper"))
+        """SAM's gain over SGD by width: after the last epoch, and where each run stops at its best held-out epoch. The
+        paper's rule: the best test epoch, and the rho best on test data. The paper's points: where the settings are its
+        own (synthetic: but for rate and schedule; held-out data aside)."""
+        early = "{0}, held-out", "paper, by its rule, one rho, tuned, gain", "held-out"
+        return sheet(self.of("clean", "noisy"), ("{0}, last", "one rho, gain"), early)
 
     def accuracy_by_width(self):
-        """SGD and SAM on test data, and SGD trained for twice the epochs; below, on training data, dotted: the width
-        from which on SGD fits 99.5% of them. Dashed, synthetic data: the noise floor, and the loss of a constant."""
+        """SGD and SAM on test data, and SGD trained for twice the epochs; below, on training data. Dashed, synthetic
+        data: the noise floor, and the loss of a constant."""
         fig = sheet(self.of("clean"), ("{1}", "SGD, SAM, twice"), ("{2}", "SGD, SAM", "train_{3}"))
-        for (top, bottom), load in fig.columns:
-            top.hlines([1, 1.306] if load.dataset == "teacher" else [], *top.get_xlim(), "black", "--", linewidth=0.7)
-            unfit = [x for x, values in load.points("SGD", "train_acc") if values and interval(values)[0] < 99.5]
-            for x in [c.params for c in load.cells if load.metric == "acc" and c.params > max(unfit, default=0)][:1]:
-                bottom.axvspan(x, x, color=SGD, linestyle=":")
+        for top in [axes[0] for axes, load in fig.columns if load.dataset == "teacher"]:
+            top.hlines([1, 1.306], *top.get_xlim(), "black", "--", linewidth=0.7)
         return fig
 
     def rho(self):
-        """Test metric by rho, means over the seeds that all radii share; ringed: the chosen rho; x: one diverged.
+        """Test metric by rho, means over the seeds that all radii share; ringed: the chosen rho.
         Below, the chosen rho, the range of those within a paired standard error, and the grid's edges (dashed)."""
         fig = sheet(self.of("clean", "noisy"), ("{1}",), ("best rho",))
         for (top, bottom), load in fig.columns:
@@ -415,16 +433,16 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         held-out epoch; SGD and SAM; accuracy on the training labels as they were. Held-out labels are clean."""
         order = sorted(self.of("clean", "noisy"), key=lambda load: (load.base, load.noise))
         noisy = [load for load in order if any(load.base == other.base for other in self.of("noisy"))]
-        fig = sheet(noisy, ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"), ("clean labels (%)", "SGD, SAM", "clean"))
+        fig = sheet(noisy, ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"), ("on true labels", "SGD, SAM", "clean"))
         for (first, a), (second, b) in zip(fig.columns, fig.columns[1:]):
             for ax, other in zip(second, first) if a.base == b.base else ():
                 ax.sharey(other)
         return fig
 
     def sparsity(self):
-        """Networks pruned at initialization and dense ones (dotted), by non-zero parameters: gain, SGD and SAM. Below,
-        their gain minus that of dense networks of as many (within 5%), by parameters before pruning."""
-        fig = sheet(self.of("sparse"), ("{0}", "dense, gain"), ("{1}", "dense SGD, dense SAM, SGD, SAM"), ("{0}",))
+        """Networks pruned at initialization, by non-zero parameters: gain (dotted: of dense ones); SGD, SAM. Below, the
+        gain minus that of dense networks of as many (within 5%), by parameters before pruning."""
+        fig = sheet(self.of("sparse"), ("{0}", "dense, gain"), ("{1}", "SGD, SAM"), ("{0}, difference",))
         for (*_, bottom), load in fig.columns:
             draw(bottom, [(c.params, load.contrast(c)) for c in load.cells], "pruned - dense", "D-", "black")
             ticks(bottom, {c.params: short(c.params) for c in load.cells}, xlabel="parameters before pruning")
@@ -432,7 +450,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
 
     def regularization(self):
         """SAM's gain with weight decay (SAM - SGD) and without."""
-        return sheet([load for load in self.of("clean", "noisy") if load.points("no decay")], ("{0}", "gain, no decay"))
+        loads = [load for load in self.of("clean", "noisy", "short") if load.points("no decay")]
+        return sheet(loads, ("{0}", "gain, no decay"))
 
     def interpolation(self):
         """SAM's gain against SGD's accuracy on the labels trained on, in its last epoch: a mark a seed and width."""
@@ -443,7 +462,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
                 mark = "os^Dvp*"[int(8 * load.noise) % 7]
                 for c in load.cells:
                     sgd, gain = c.values("SGD", "train_acc"), c.values("gain")
-                    ax.plot([sgd[s] for s in gain], [*gain.values()], mark, markersize=4, **fig.shade(c))
+                    (line,) = ax.plot([], [], **fig.shade(c))
+                    ax.plot([sgd[s] for s in gain], [*gain.values()], mark, markersize=4, color=line.get_color())
                 ax.plot([], [], mark, color=GREY, label=f"{100 * load.noise:.4g}% flipped")
             ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's accuracy (%)")
             ax.title.set_text(textwrap.fill(base.title.replace(f", {100 * base.noise:.4g}% flipped", ""), 25))
@@ -471,14 +491,14 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return fig
 
     def functions(self):
-        """One hidden layer on 12 points (black) in one dimension: the functions of SGD (blue) and SAM (orange), a line
-        a seed, at up to four widths, as far as |f| < 5; total variation of the slope, sum of |f''|; training loss."""
+        """One hidden layer on 12 points (black; scaled: smaller output weights). Functions of SGD (blue), SAM (orange)
+        at up to four widths, as far as |f| < 5, a line a seed; total variation of the slope, sum of |f''|; loss."""
         rows = *[("",)] * 4, ("sum of |f''|", "SGD, SAM", "bend of y"), ("training loss", "SGD, SAM", "train_loss")
         fig = sheet([load for load in self.of("curve") if load.cells[0].run.function], *rows)
         for i, ((*axes, bend, loss), load) in enumerate(fig.columns):
             shown = sorted({*np.linspace(0, len(load.cells) - 1, 4).round().astype(int)})
             for j, (ax, c) in enumerate(zip(axes, [load.cells[i] for i in shown] + [None] * 3)):
-                for run in sum(c.pairs(), ()) if c else ():
+                for run in [run for run in sum(c.pairs(), ()) if "y" in run.function] if c else ():
                     y = np.where(abs(run.function["y"]) < 5, run.function["y"], math.nan)
                     ax.plot(run.function["x"], y, color=SGD if run.rho is None else SAM, linewidth=0.7)
                 ax.plot(*CURVE, ".", color="black", markersize=4)
@@ -503,7 +523,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         """Largest eigenvalue of the Hessian on some training images, its non-uniformity s2, training loss; by rho.
         Dashed: the paper's bounds (squared loss, constant rate; un-normalized SAM at batch 1, so references only)."""
         loads = [load for load in self if any(values for _, values in load.points("SAM", "lambda_max"))]
-        fig = sheet(loads, *[(y, "SGD, SAM", y) for y in ("lambda_max", "s2", "train_loss")], ("lambda_max",), ("s2",))
+        rows = ("largest\neigenvalue", "lambda_max"), ("s2", "s2"), ("training loss", "train_loss")
+        fig = sheet(loads, *[(name, "SGD, SAM", key) for name, key in rows], *[(name,) for name, _ in rows[:2]])
         for (_, _, _, *below), load in fig.columns:
             at = [by_rho(ax, load, name, fig.shade) for ax, name in zip(below, ("lambda_max", "s2"))][0]
             if load.settings["schedule"] == "constant" and load.settings["loss"] == "mse":
@@ -544,25 +565,28 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             edge = ", the grid's edge" * (len(c.tried) > 1 and best in (c.tried[0], c.tried[-1]))
             row = {"width": c.width, "parameters": f"{c.params:,}", "non-zero": f"{c.nonzero:,}"}
             row |= {"seeds": len(c.pairs()), "rho": f"{best:g}{edge}", "as good": f"{alike[0]:g} to {alike[-1]:g}"}
+            row |= {f"rho, {STOPS[stop]}": f"{c.chosen[stop][0]:g}" for stop in ("held-out", "paper")}
+            row["tuned"] = "".join(f"{a.epochs:g}; {b.epochs:g}, rho {b.rho:g}" for a, b in load.tuned(c)[:1])
             numbers = "last paper train_acc train_loss lambda_max s2 trace rate R^2 share".split() + ["bend of y"]
             found = {f"{who} {number}": c.values(who, number) for number in numbers for who in ("SGD", "SAM")}
             curved = ("lambda_max", "s2", "train_loss") if found["SAM lambda_max"] else ()
             found |= {f"{name} at rho {rho:g}": c.values("SAM", name, rho) for name in curved for rho in c.tried}
             row |= {k: "{:.4g} ± {:.3g}".format(*interval(v)).removesuffix(" ± nan") for k, v in found.items() if v}
-            gains = {"gain": c.values("gain")} | {f"gain at rho {rho:g}": c.values("gain", rho=rho) for rho in c.radii}
+            shown = {"gain": c.values("gain")} | {f"gain at rho {rho:g}": c.values("gain", rho=rho) for rho in c.radii}
             others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
-            gains["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
-            gains |= {f"gain, {STOPS[stop]}": c.values("gain", stop) for stop in ("held-out", "paper")}
-            later = {stop: subtract(c.values("SAM", stop), c.values("twice", stop)) for stop in STOPS}
-            gains |= {f"SAM - SGD of twice the epochs, {STOPS[stop]}": values for stop, values in later.items()}
-            gains["gain - that of dense networks of as many"] = load.contrast(c)
-            rows.append(row | {name: load.say(values) for name, values in gains.items()})
+            shown["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
+            shown |= {f"gain, {STOPS[stop]}": c.values("gain", stop) for stop in ("held-out", "paper")}
+            shown |= {f"gain over twice the epochs, {STOPS[s]}": gains(c.pairs(None, s, True), s) for s in STOPS}
+            shown["tuned gain"] = gains(load.tuned(c), "held-out")
+            shown["gain - that of dense networks of as many"] = load.contrast(c)
+            rows.append(row | {name: load.say(values) for name, values in shown.items()})
         text += f"\n## {load.title}\n\nrho is chosen on {load.chosen_on} data.\n\n{table(rows)}"
     return f"""# Trends
 
 Slopes per tenfold parameters, SGD's and SAM's of their test metric; ±: half a 95% interval over seeds on these test
-data, unresolved if it includes zero. `as good`: radii within a paired error of the best; `last`, `paper`: last, best
-test epoch; `rate`, `R^2`: of ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: last layer's, of |g|^2.
+data, unresolved if it includes zero. `tuned`: SGD and SAM each at the number of epochs that is best on held-out
+data. `as good`: radii within a paired error of the best; `last`, `paper`: last, best test epoch; `rate`, `R^2`: of
+ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: last layer's, of |g|^2.
 
 {table(trends)}{text}"""
 
@@ -574,6 +598,7 @@ def main():
     parser.allow_abbrev, parser.error = False, lambda message: parser.exit(2, f"plot.py: {message}\n")
     args = parser.parse_args()
     matplotlib.rcParams |= {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
+    matplotlib.rc("axes.formatter", useoffset=False)
     loads, left = workloads(args.results)
     if not loads:
         parser.error(f"--results {args.results}: no run of SAM has one of SGD at the same seed; run a script first")

@@ -50,7 +50,7 @@ from common import (
 CIFAR10 = {"dataset": "cifar10", "epochs": 200, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 CIFAR10 |= {"loss": "ce", "schedule": "step", "milestones": (0.5, 0.75), "warmup": 0}
 IMAGENET = CIFAR10 | {"epochs": 90, "batch_size": 512, "weight_decay": 1e-4}
-IMAGENET |= {"schedule": "cosine", "milestones": (), "warmup": 5000}
+IMAGENET |= {"schedule": "cosine", "milestones": (0.25, 0.5, 0.75), "warmup": 5000}  # milestones: its code's
 SETTINGS = {18: CIFAR10, 50: IMAGENET}  # the paper's, by depth
 
 
@@ -137,6 +137,9 @@ def load_images(config):
 
 def train(config):
     data = load_images(config) if config.image_size else load_data(config)
+    fewest = (len(data.train.targets) % config.batch_size or config.batch_size) // config.processes
+    if config.depth == 50 and max(data.shape[1:]) <= 32 and fewest < 2:
+        exit_with_error("--depth 50: BatchNorm needs 2 images of 32x32 in the last batch; change --train-size")
     model = build_model(config, data, ResNet50 if config.depth == 50 else ResNet18)
     if config.depth == 50 and config.processes > 1 and "cuda" in config.device:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # as in the paper's code; a CPU has none

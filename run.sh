@@ -79,19 +79,24 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
 
 overnight() { # an empty line ends a row: the rows stay in order, since the last ones may not be reached
     local three="--val-size 5000 --seed 0 1 2" five="--val-size 5000 --seed 0 1 2 3 4"
-    local widths="75-25 150-50 300-100 1200-400"
+    local widths="75-25 150-50 300-100 1200-400" item
     local noisy="label_noise.py --hidden $widths --train-size 10000"
+    local teacher="mlp_width.py --dataset teacher --hidden 100 200 300 400 500 600 700 800 900 1000 --val-size 2000"
     both "0.1 0.2 0.3 0.5 0.7" $noisy --noise 0.25 --epochs 60 $five
     both "0.1 0.2 0.3 0.5" $noisy --noise 0.5 --epochs 60 $five
     both "0.05 0.1 0.2 0.3" $noisy --noise 0.75 --epochs 60 $five
-    sam "0.1 0.2 0.3" $noisy --noise 0.5 --perturb last --epochs 60 $five
-    sam "0.1 0.2 0.3" $noisy --noise 0.5 --perturb rest --epochs 60 $five
+    for item in last rest; do sam "0.1 0.2 0.3" $noisy --noise 0.5 --perturb $item --epochs 60 $five; done
+    for item in 6 12 24; do sgd $noisy --noise 0.25 0.5 0.75 --epochs $item $five; done
+    for item in 12 24; do
+        sam "0.2 0.3 0.5" $noisy --noise 0.25 --epochs $item $five
+        sam "0.1 0.2 0.3" $noisy --noise 0.5 --epochs $item $five
+        sam "0.05 0.1 0.2" $noisy --noise 0.75 --epochs $item $five
+    done
     sgd $noisy --noise 0.5 --epochs 120 $five
     echo
-    both "0.1 0.2 0.5 0.7" mlp_width.py --dataset teacher --hidden 100 200 300 400 500 600 700 800 900 1000 \
-        --val-size 2000 --seed 0 1 2
-    both 0.2 mlp_width.py --dataset curve --hidden 5 10 100 1000 --seed 0 1 2
-    both 0.2 mlp_width.py --dataset curve-scaled --hidden 5 10 100 1000 --seed 0 1 2
+    both "0.1 0.2 0.5 0.7" $teacher --seed 0 1 2
+    for item in 12 25 50; do sgd $teacher --epochs $item --seed 0 1 2; done
+    for item in curve curve-scaled; do both 0.2 mlp_width.py --dataset $item --hidden 5 10 100 1000 --seed 0 1 2; done
     echo
     both "0.05 0.1 0.2 0.5" mlp_width.py --hidden 75-25 150-50 $five
     both "0.05 0.1 0.2 0.5" mlp_width.py --hidden 300-100 --sharpness 100 $five

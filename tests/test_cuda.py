@@ -2,6 +2,8 @@
 nothing in an epoch waits for a value on the device (reading one raises). Stand-ins: backward passes and updates.
 """
 
+import argparse
+
 import pytest
 import torch
 from helpers import runs
@@ -100,3 +102,15 @@ def test_tf32_is_used_unless_fp32_is_asked_for(fake, tmp_path, strict):
     config.device = "cuda"
     common.prepare(torch.nn.Linear(1, 1), config)
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 != strict
+
+
+def test_curvature_is_measured_without_tf32(fake, tmp_path):
+    (config,) = runs(mlp_width, tmp_path, "--sharpness", "3")
+    recorder = argparse.Namespace(config=config, model=torch.nn.Linear(4, 2), status="done")
+    owners, found = (torch.backends.cuda.matmul, torch.backends.cudnn), []
+    for owner in owners:
+        owner.allow_tf32 = True
+    fake.setattr(common, "sharpness", lambda *args: found.extend(owner.allow_tf32 for owner in owners))
+    labels = torch.arange(5) % 2
+    common.measure_sharpness(recorder, common.LOSSES["ce"], Split(torch.randn(5, 4), labels), labels)
+    assert found == [False, False]

@@ -59,6 +59,8 @@ CASES = [  # (command line, what the line must name)
     ("mlp_width.py --dataset curve-scaled --hidden 9 --val-size 1", "--val-size"),
     ("mlp_width.py --dataset curve --hidden 9-7", "--hidden 9-7"),
     ("mlp_width.py --dataset curve-scaled --hidden 9-7-5", "--hidden 9-7-5"),
+    ("mlp_width.py --dataset curve --schedule step", "--schedule step"),
+    (f"resnet_width.py {MINI} --depth 50 --filters 2 --train-size 17 --batch-size 16", "--depth 50"),
     ("plot.py --figure x", "--figure"),
     ("mlp_width.py --results " + "long" * 100, "--results"),
     ("resnet_width.py --filters 0", "--filters"),
@@ -173,6 +175,11 @@ def test_what_python_says_of_a_device_is_cut_short(monkeypatch, tmp_path, capsys
         runs(mlp_width, tmp_path, "--device", "cpu")
     (line,) = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2 and "--device cpu" in line and "no such backend" in line and len(line) < 200
+
+
+def test_folders_whose_names_are_not_utf8_have_names_of_their_own():
+    one, other = (runs(resnet_width, "results", "--dataset", f"birds{c}")[0].name for c in "\udcff\udcfe")
+    assert "birds%FF" in one and "birds%FE" in other
 
 
 def test_help_names_every_flag_and_its_default(tmp_path, capsys):

@@ -197,7 +197,7 @@ def test_the_trend_table_has_both_stopping_rules_and_both_optimizers(tmp_path):
     decades = math.log10(266_610 / 61_035)
     means = {what: plot.interval(values)[0] for what, values in load.trends().items()}
     expected = {"gain": 10 / decades, "SGD": -10 / decades, "SAM": 0, "one rho": 10 / decades, "widest - narrowest": 10}
-    expected |= {"mean": 11, "gain at rho 0.1": 10 / decades}  # (6 + 16) / 2: the gains at both widths
+    expected |= {"mean gain": 11, "gain at rho 0.1": 10 / decades}  # (6 + 16) / 2: the gains at both widths
     assert means == pytest.approx(expected, abs=1e-9)
     assert plot.interval(load.trends("held-out")["SGD"])[0] == pytest.approx(0)
     assert "| MNIST, MLP, epochs 2 | best held-out epoch | 3 | 2 of 2 | 0.1 | " in plot.summary([load])
@@ -344,6 +344,9 @@ def test_what_has_no_weight_decay_is_not_set_beside_itself(tmp_path):
     loads, _ = read(tmp_path, [number_run(rho=rho, weight_decay=0.0) for rho in (None, 0.1)])
     assert loads[0].points("gain") and not loads[0].points("no decay")
     assert not plot.Figures(loads).regularization().columns
+    other = [number_run(rho=rho, weight_decay=decay) for rho in (None, 0.1) for decay in (0.0, 1e-3)]
+    loads, _ = read(tmp_path / "both", other)  # 0 is the default here, so it stays in the main figures
+    assert [load.role() for load in loads] == ["clean", "clean"]
 
 
 def test_several_learning_rates_have_titles_of_their_own(tmp_path):
@@ -359,11 +362,11 @@ def test_noise_rates_are_told_apart(tmp_path):
 
 
 def test_noise_rates_of_one_sweep_stand_side_by_side_and_share_their_axes(tmp_path):
-    cells = [{"noise": noise, "epochs": epochs} for epochs in (2, 4) for noise in (0.05, 0.25, 0.5)]
+    cells = [{"noise": noise, "train_size": n} for n in (2000, 4000) for noise in (0.05, 0.25, 0.5)]
     runs = [r for cell in cells for r in pair(script="label_noise", **cell)]
     columns = plot.Figures(read(tmp_path, runs)[0]).label_noise().columns
-    assert [(load.settings["epochs"], load.noise) for _, load in columns] == [
-        (e, n) for e in (2, 4) for n in (0.05, 0.25, 0.5)
+    assert [(load.settings["train_size"], load.noise) for _, load in columns] == [
+        (size, noise) for size in (2000, 4000) for noise in (0.05, 0.25, 0.5)
     ]
     shared = [axes[0].get_shared_y_axes().joined(axes[0], columns[0][0][0]) for axes, _ in columns]
     assert shared == [True, True, True, False, False, False]
@@ -401,6 +404,35 @@ def test_sgd_at_twice_the_epochs_belongs_to_the_workload(tmp_path):
     assert "+0.50 (one seed) |\n" in plot.summary(loads)
 
 
+def test_where_both_are_tuned_each_has_its_best_number_of_epochs(tmp_path):
+    runs = []
+    for seed in range(2):
+        s = {"seed": seed, "noise": 0.5, "script": "label_noise"}
+        runs += [
+            run(acc=[0.7, 0.6], val=[0.7, 0.6], **s),
+            run(acc=[0.85, 0.8, 0.8], val=[0.9, 0.8, 0.8], epochs=3, **s),
+        ]
+        runs += [run(0.1, acc=0.8, val=0.8, **s), run(0.2, acc=0.9, val=0.85, **s)]
+        runs += [run(0.1, acc=0.86 + seed / 100, val=0.95, epochs=3, **s), run(0.2, acc=0.5, val=0.5, epochs=3, **s)]
+        runs.append(run(acc=0.99, val=0.99, epochs=5, **s | {"seed": 9}))  # of a seed that SAM doesn't have
+    loads, left = read(tmp_path, runs)
+    short, long = sorted(loads, key=lambda load: load.settings["epochs"])
+    assert not left and [load.role() for load in (short, long)] == ["short", "noisy"]
+    for load in loads:  # SGD of 3 epochs, 85, and SAM of 3 epochs at rho 0.1, 86 and 87
+        assert load.points("tuned")[0][1] == pytest.approx({0: 1, 1: 2})
+        ((a, b), *_) = load.tuned(load.cells[0])
+        assert (a.epochs, b.epochs, b.rho) == (3, 3, 0.1)
+    assert short.points("gain", "held-out")[0][1] == pytest.approx({0: 20, 1: 20})
+    text = plot.summary([long])
+    assert "+1.50 ± 6.35 unresolved" in text and "| 3; 3, rho 0.1 |" in text
+    assert not one(tmp_path / "alone", pair(val=0.5)).tuned(one(tmp_path / "alone", pair(val=0.5)).cells[0])
+
+
+def test_training_that_is_neither_the_papers_nor_the_longest_is_short(tmp_path):
+    loads, _ = read(tmp_path, [r for epochs in (30, 100, 200) for r in pair(epochs=epochs)])
+    assert {load.settings["epochs"]: load.role() for load in loads} == {30: "short", 100: "clean", 200: "clean"}
+
+
 def test_pairs_without_weight_decay_and_partial_perturbations_belong_to_the_workload(tmp_path):
     runs = [
         *pair(),
@@ -429,14 +461,15 @@ def test_a_script_of_ones_own(tmp_path):
             del result["config"]["optimizer"]
     loads, left = read(tmp_path, runs)
     assert not left and len(loads) == 2 and [[c.width for c in load.cells] for load in loads] == [["1k", "4k"]] * 2
-    assert not any(c.twice for load in loads for c in load.cells)
+    assert not any(c.twice or len(c.lengths) > 1 for load in loads for c in load.cells)
     assert draw(tmp_path).returncode == 0
 
 
 def test_the_papers_points_are_drawn_where_the_settings_are_its_own(tmp_path):
-    paper = {"epochs": 100, "val_size": 5000}
+    paper = {"epochs": 100, "val": 0.9}
     loads, _ = read(tmp_path, [*pair(**paper), *pair(**paper, lr=0.05), *pair(epochs=2)])
     assert [len(load.paper) for load in sorted(loads, key=lambda load: -len(load.paper))] == [5, 0, 0]
+    assert not one(tmp_path / "warm", pair(**paper, warmup=5000)).paper
     resnet = {"script": "resnet_width", "hidden": None, "filters": 4, "epochs": 200, "weight_decay": 5e-4}
     (tmp_path / "b").mkdir()
     assert len(one(tmp_path / "b", pair(**resnet, dataset="/data/cifar10-jpeg", milestones=[0.5, 0.75])).paper) == 7
@@ -520,6 +553,18 @@ BROKEN = {
     "text": json.dumps(run(params="many")),
     "latin": "\xff",
 }
+
+
+def test_a_curve_without_its_function_and_held_out_data_without_their_score(tmp_path):
+    function = {"x": [0, 1, 2], "y": [0, 1, 0]}
+    curve = {"dataset": "curve", "hidden": "10", "params": 30, "epochs": 4}
+    runs = [number_run(extra={"function": function}, **curve), number_run(0.2, **curve)]
+    unscored = run(0.1, acc=0.95, hidden="75-25")
+    unscored["config"]["val_size"] = 100
+    save(tmp_path, [*runs, *pair(val=0.5), run(val=0.5, hidden="75-25"), unscored])
+    done = draw(tmp_path)
+    assert done.returncode == 0 and "5.json: left out, not a result file" in done.stdout
+    assert {"functions.png", "gain_by_width.png"} <= {path.name for path in (tmp_path / "figures").iterdir()}
 
 
 def test_a_foreign_file_is_named_and_the_rest_is_drawn(tmp_path):
@@ -623,7 +668,7 @@ def test_odd_folders(tmp_path, name, monkeypatch, capsys):
 def test_many_settings_give_a_picture_of_bounded_size_and_a_line_for_the_rest(tmp_path):
     save(tmp_path, [r for i in range(20) for r in pair(lr=0.01 * (i + 1))])
     done = draw(tmp_path)
-    assert done.returncode == 0 and done.stdout.count("gain_by_width.png: no room for MNIST, MLP") == 11
+    assert done.returncode == 0 and done.stdout.count("gain_by_width.png: no room for MNIST, MLP") == 12
     assert max(Image.open(tmp_path / "figures" / "gain_by_width.png").size) < 1500
 
 

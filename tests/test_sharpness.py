@@ -117,13 +117,13 @@ def test_images_in_several_chunks_count_as_one_mean(float64):
 @pytest.mark.parametrize("mode", [True, False])
 def test_nothing_moves(mode):
     model, x = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(5, 8)
-    model.train(mode)
-    before = copy.deepcopy(model.state_dict())
+    model.train(mode)[1].train(not mode)
+    modes, before = [m.training for m in model.modules()], copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
     sharpness(model, LOSSES["ce"], x, torch.arange(5) % 3)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(m.training == mode for m in model.modules())
+    assert [m.training for m in model.modules()] == modes
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
