@@ -55,6 +55,10 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
     both "${RHOS-0.2}" mlp_width.py --dataset curve-scaled --hidden $CURVE --seed $SEEDS
     both "$mnist" label_noise.py --hidden $HIDDEN --noise $NOISES $more
     both "$cifar" label_noise.py --filters $NOISE_FILTERS --noise $NOISES $images
+    for item in 12 25 50; do # SGD of fewer epochs, which fits fewer of the flipped labels
+        sgd label_noise.py --hidden $HIDDEN --noise $NOISES --epochs $item $more
+        sgd label_noise.py --filters $NOISE_FILTERS --noise $NOISES --epochs $((2 * item)) $images
+    done
     [[ " $NOISES " != *" 0.5 "* ]] || for item in $PERTURB; do
         sam "$mnist" label_noise.py --hidden $HIDDEN --noise 0.5 --perturb "$item" $more
         sam "$cifar" label_noise.py --filters $NOISE_FILTERS --noise 0.5 --perturb "$item" $images

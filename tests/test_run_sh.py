@@ -161,7 +161,18 @@ def test_the_full_run_is_the_papers_and_its_controls():
         == 4 * 3 * 2
     )
     for noise in ("0.25", "0.5", "0.75"):
-        assert count(found, "label_noise.py", f"noise={noise}", without=["perturb"]) == 5 * 3 * 7 + 5 * 3 * 10
+        assert count(found, "label_noise.py", f"noise={noise}", without=["perturb", "epochs"]) == 5 * 3 * (7 + 10)
+        sizes = {
+            epochs: count(found, "label_noise.py", f"noise={noise}", f"epochs={epochs}") for epochs in (12, 24, 25)
+        }
+        sizes |= {epochs: count(found, "label_noise.py", f"noise={noise}", f"epochs={epochs}") for epochs in (50, 100)}
+        assert sizes == {
+            12: 5 * 3,
+            24: 5 * 3,
+            25: 5 * 3,
+            50: 2 * 5 * 3,
+            100: 5 * 3,
+        }  # SGD's: 50 is an MLP's and a ResNet's
     assert count(found, "label_noise.py", "noise=0.5", "perturb=last") == 5 * 3 * 6 + 5 * 3 * 9
     assert count(found, "label_noise.py", "noise=0.5", "perturb=rest") == 5 * 3 * 6 + 5 * 3 * 9
     assert count(found, "mlp_width.py", "hidden=1000-1000-1000-1000") == 3 * 7
@@ -173,7 +184,9 @@ def test_the_full_run_is_the_papers_and_its_controls():
     assert count(found, "resnet_width.py", "schedule=constant", "epochs=75") == 3 * 3 * 2
     assert not any("--noise 0 " in line or "--sparsity 0 " in line for line in lines)
     for line in lines:  # a line is one run, unless runs take a minute or so
-        if "--filters" in line or not ("teacher" in line or "--epochs 20" in line):
+        if "--filters" in line or not any(
+            part in line for part in ("teacher", "--epochs 20", "--epochs 12", "--epochs 25")
+        ):
             assert len(runs([line])) == 1, line
     assert len(lines) < len(found)
 
