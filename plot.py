@@ -382,7 +382,8 @@ def finish(fig, caption, path):
     tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
     bars = f" Bars: 95% intervals (Student's t) over seeds, on these {tests}test data, pointwise, cut if long; grey: "
     caption += f"{bars}a seed." * any(ax.containers for ax in fig.axes)
-    caption += " n: seeds, the gain's slope per tenfold parameters. rho: best on held-out or else test data."
+    caption += " n: seeds, the gain's slope per tenfold parameters." * any("\nn=" in ax.get_title() for ax in fig.axes)
+    caption += " rho: best on held-out or else test data."
     width, height = fig.get_size_inches()
     text = textwrap.fill(" ".join(caption.split()), int(17 * width))
     keys = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
@@ -440,12 +441,15 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return fig
 
     def sparsity(self):
-        """Networks pruned at initialization, by non-zero parameters: gain (dotted: of dense ones); SGD, SAM. Below, the
-        gain minus that of dense networks of as many (within 5%), by parameters before pruning."""
-        fig = sheet(self.of("sparse"), ("{0}", "dense, gain"), ("{1}", "SGD, SAM"), ("{0}, difference",))
-        for (*_, bottom), load in fig.columns:
-            draw(bottom, [(c.params, load.contrast(c)) for c in load.cells], "pruned - dense", "D-", "black")
-            ticks(bottom, {c.params: short(c.params) for c in load.cells}, xlabel="parameters before pruning")
+        """Networks pruned at initialization: gain by non-zero parameters (dotted: of dense networks). By those before
+        pruning: SGD and SAM; the gain minus that of dense networks of as many non-zero ones (within 5%)."""
+        fig = sheet(self.of("sparse"), ("{0}", "dense, gain"), ("{1}",), ("{0}, difference",))
+        for (_, *below), load in fig.columns:
+            draw(below[1], [(c.params, load.contrast(c)) for c in load.cells], "pruned - dense", "D-", "black")
+            for what in ("SGD", "SAM"):
+                draw(below[0], [(c.params, c.values(what)) for c in load.cells], *LOOK[what])
+            for ax in below:
+                ticks(ax, {c.params: short(c.params) for c in load.cells}, xlabel="parameters before pruning")
         return fig
 
     def regularization(self):
@@ -465,7 +469,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
                     (line,) = ax.plot([], [], **fig.shade(c))
                     ax.plot([sgd[s] for s in gain], [*gain.values()], mark, markersize=4, color=line.get_color())
                 ax.plot([], [], mark, color=GREY, label=f"{100 * load.noise:.4g}% flipped")
-            ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's accuracy (%)")
+            ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's accuracy (%)", xlim=(-5, 105))
             ax.title.set_text(textwrap.fill(base.title.replace(f", {100 * base.noise:.4g}% flipped", ""), 25))
         return fig
 
@@ -571,7 +575,7 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             found = {f"{who} {number}": c.values(who, number) for number in numbers for who in ("SGD", "SAM")}
             curved = ("lambda_max", "s2", "train_loss") if found["SAM lambda_max"] else ()
             found |= {f"{name} at rho {rho:g}": c.values("SAM", name, rho) for name in curved for rho in c.tried}
-            row |= {k: "{:.4g} ± {:.3g}".format(*interval(v)).removesuffix(" ± nan") for k, v in found.items() if v}
+            row |= {k: "{:.4g} ± {:.2g}".format(*interval(v)).removesuffix(" ± nan") for k, v in found.items() if v}
             shown = {"gain": c.values("gain")} | {f"gain at rho {rho:g}": c.values("gain", rho=rho) for rho in c.radii}
             others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
             shown["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
