@@ -128,6 +128,7 @@ quick() {
     local two="$mini --seed 0 1" clean="mlp_width.py --hidden 75-25 300-100 1200-400"
     local noisy="label_noise.py --hidden 75-25 300-100 1200-400 --noise 0.5 --epochs 20"
     both "0.1 0.2" label_noise.py --hidden 75-25 150-50 300-100 1200-400 --noise 0.5 --epochs 20 $mini --seed 0 1 2
+    sgd label_noise.py --hidden 75-25 150-50 300-100 1200-400 --noise 0.5 --epochs 5 $mini --seed 0 1 2
     both "0.05 0.1" label_noise.py --hidden 75-25 300-100 --noise 0.75 --epochs 20 $two
     sam 0.2 $noisy --perturb last $two
     sam 0.2 $noisy --perturb rest $two
