@@ -26,8 +26,8 @@ LOOK = {"SGD": ("SGD", "s-", SGD, "SGD", {}), "SAM": ("SAM", "o-", SAM, "SAM", {
 LOOK |= {"twice": ("SGD, twice the epochs", "^:", SGD, "twice", {}), "paper": ("the paper", "x:", "black", "paper", {})}
 LOOK |= {"gain": ("SAM - SGD", "D-", SAM, "gain", {}), "held-out": ("SAM - SGD, held-out epoch", "D:", SAM, "gain", {})}
 LOOK["by its rule"] = "SAM - SGD, by the paper's rule", "x:", SAM, "gain", {}
-LOOK["one rho"] = "SAM - SGD, one rho for all widths", "s:", SAM, "gain", {}
-LOOK["tuned"] = "SAM - SGD, the best number of epochs of each", "v:", "#009E73", "tuned", {}
+LOOK["one rho"] = "SAM - SGD, one rho for all", "s:", SAM, "gain", {}
+LOOK["tuned"] = "SAM - SGD, epochs tuned", "v:", "#009E73", "tuned", {}
 LOOK["no decay"] = "without weight decay", "s--", "black", "gain", {"weight_decay": 0.0}
 LOOK["rest"] = "all but the last layer perturbed", "^--", "#CC79A7", "gain", {"perturb": "rest"}
 LOOK["last"] = "the last layer alone perturbed", "v--", "#009E73", "gain", {"perturb": "last"}
@@ -402,9 +402,9 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return [load for load in self if load.role() in roles]
 
     def gain_by_width(self):
-        """SAM's gain over SGD by width: after the last epoch, and where each run stops at its best held-out epoch. The
-        paper's rule: the best test epoch, and the rho best on test data. The paper's points: where the settings are its
-        own (synthetic: but for rate and schedule; held-out data aside)."""
+        """SAM's gain over SGD by width: after the last epoch, and where each run stops at its best held-out epoch;
+        tuned: each has its best number of epochs. The paper's rule: best test epoch, and the rho best on test data. The
+        paper's points: where the settings are its own (synthetic: but for rate, schedule; held-out data aside)."""
         early = "{0}, held-out", "paper, by its rule, one rho, tuned, gain", "held-out"
         return sheet(self.of("clean", "noisy"), ("{0}, last", "one rho, gain"), early)
 
@@ -555,6 +555,14 @@ def table(rows):  # Markdown, of dicts, without the keys that are empty in all
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
+def rounded(values):  # mean and interval to the interval's second digit
+    mean, half = interval(values)
+    if not half > 0:  # one seed, or all alike
+        return f"{mean:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(half)))
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
 def summary(loads):  # Markdown: the trends, and a table for each workload
     trends, text = [], ""
     for load in loads:
@@ -575,7 +583,7 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             found = {f"{who} {number}": c.values(who, number) for number in numbers for who in ("SGD", "SAM")}
             curved = ("lambda_max", "s2", "train_loss") if found["SAM lambda_max"] else ()
             found |= {f"{name} at rho {rho:g}": c.values("SAM", name, rho) for name in curved for rho in c.tried}
-            row |= {k: "{:.4g} ± {:.2g}".format(*interval(v)).removesuffix(" ± nan") for k, v in found.items() if v}
+            row |= {name: rounded(values) for name, values in found.items() if values}
             shown = {"gain": c.values("gain")} | {f"gain at rho {rho:g}": c.values("gain", rho=rho) for rho in c.radii}
             others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
             shown["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}

@@ -214,9 +214,17 @@ def test_the_summary_has_curvature_at_every_rho_with_its_interval(tmp_path):
     rows = plot.summary(read(tmp_path, runs)[0]).split("rho is chosen")[1].strip().splitlines()[2:]
     head, _, *cells = [[text.strip() for text in row.strip("|").split("|")] for row in rows]
     narrow, wide = (dict(zip(head, cell)) for cell in cells)
-    assert narrow["lambda_max at rho 0.2"] == "" and wide["lambda_max at rho 0.2"] == f"4 ± {half:.2g}"
-    assert [cell["lambda_max at rho 0.1"] for cell in (narrow, wide)] == [f"5 ± {half:.2g}"] * 2
-    assert [cell["SGD lambda_max"] for cell in (narrow, wide)] == [f"21 ± {half:.2g}"] * 2
+    assert narrow["lambda_max at rho 0.2"] == "" and wide["lambda_max at rho 0.2"] == f"4.0 ± {half:.1f}"
+    assert [cell["lambda_max at rho 0.1"] for cell in (narrow, wide)] == [f"5.0 ± {half:.1f}"] * 2
+    assert [cell["SGD lambda_max"] for cell in (narrow, wide)] == [f"21.0 ± {half:.1f}"] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [((480, 580, 680), "580 ± 248"), ((0.01, 0.02, 0.03), "0.020 ± 0.025"), ((3, 3), "3"), ((2,), "2")],
+)
+def test_a_number_is_rounded_to_its_intervals_second_digit(values, text):  # half of it: 2.484 deviations
+    assert plot.rounded(dict(enumerate(values))) == text
 
 
 def test_where_targets_are_numbers_a_gain_is_in_test_loss(tmp_path):
