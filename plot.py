@@ -245,8 +245,8 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         return found if found["gain"] else {}
 
     def say(self, values):  # mean and interval of a gain, and where it includes zero, that it does
-        (mean, half), digits = interval(values) if values else (0, 0), 2 if self.metric == "acc" else 3
-        text = f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else " (one seed)")
+        (mean, half), n = interval(values) if values else (0, 0), 2 if self.metric == "acc" else 3
+        text = f"{round(mean, n) + 0:+.{n}f}" + (f" ± {half:.{n}f}" if len(values) > 1 else " (one seed)")
         return text + " unresolved" * bool(abs(mean) <= half) if values else ""
 
 
@@ -417,7 +417,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return fig
 
     def rho(self):
-        """Test metric by rho, means over the seeds that all radii share; ringed: the chosen rho.
+        """Test metric after the last epoch by rho, means over the seeds that all radii share; ringed: the chosen rho.
         Below, the chosen rho, the range of those within a paired standard error, and the grid's edges (dashed)."""
         fig = sheet(self.of("clean", "noisy"), ("{1}",), ("best rho",))
         for (top, bottom), load in fig.columns:

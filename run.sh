@@ -90,16 +90,19 @@ overnight() { # an empty line ends a row: the rows stay in order, since the last
     both "0.1 0.2 0.3 0.5" $noisy --noise 0.5 --epochs 60 $five
     both "0.05 0.1 0.2 0.3" $noisy --noise 0.75 --epochs 60 $five
     for item in last rest; do sam "0.1 0.2 0.3" $noisy --noise 0.5 --perturb $item --epochs 60 $five; done
-    for item in 6 12 24; do sgd $noisy --noise 0.25 0.5 0.75 --epochs $item $five; done
-    for item in 12 24; do
+    for item in 3 6 12 24; do sgd $noisy --noise 0.25 0.5 0.75 --epochs $item $five; done
+    for item in 12 24; do # with a lower radius where the best of the others was the lowest
         sam "0.2 0.3 0.5" $noisy --noise 0.25 --epochs $item $five
         sam "0.1 0.2 0.3" $noisy --noise 0.5 --epochs $item $five
         sam "0.05 0.1 0.2" $noisy --noise 0.75 --epochs $item $five
+        sam 0.1 ${noisy/ 1200-400/} --noise 0.25 --epochs $item $five
+        sam 0.05 ${noisy/ 1200-400/} --noise 0.5 --epochs $item $five
+        sam 0.02 ${noisy/ 1200-400/} --noise 0.75 --epochs $item $five
     done
     sgd $noisy --noise 0.5 --epochs 120 $five
     echo
     both "0.1 0.2 0.5 0.7" $teacher --seed 0 1 2
-    for item in 12 25 50; do sgd $teacher --epochs $item --seed 0 1 2; done
+    for item in 6 12 25 50; do sgd $teacher --epochs $item --seed 0 1 2; done
     for item in curve curve-scaled; do both 0.2 mlp_width.py --dataset $item --hidden 5 10 100 1000 --seed 0 1 2; done
     echo
     both "0.05 0.1 0.2 0.5" mlp_width.py --hidden 75-25 150-50 $five

@@ -225,8 +225,8 @@ def test_overnight_is_eight_rows_in_their_order():
     assert rows == sorted(rows) and set(rows) == set(range(1, 9))
     found = [runs([line for line, at in zip(lines, rows) if at == number]) for number in range(1, 9)]
     sizes = [len(part) for part in found]
-    assert sizes[0] == 4 * 5 * (6 + 2 * 5 + 2 * 3 + 3 * 3 + 2 * 3 * 3 + 1)  # partial ones, and other numbers of epochs
-    assert sizes[1] == 10 * 3 * (5 + 3) + 2 * 4 * 3 * 2
+    assert sizes[0] == 4 * 5 * (6 + 2 * 5 + 2 * 3 + 4 * 3 + 2 * 3 * 3 + 1) + 3 * 5 * 2 * 3  # the last: a lower radius
+    assert sizes[1] == 10 * 3 * (5 + 4) + 2 * 4 * 3 * 2
     assert sizes[2] == (3 * 5 + 3) * 5
     assert sizes[3] == 3 * 6 + 3 * 3 * 2
     assert sizes[4] == (4 + 2 * 3) * 3 * 3
