@@ -208,11 +208,11 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
 
     def tuned(self, cell):
         """[(SGD's run, SAM's)]: each of the number of epochs, and SAM's of the rho, best at the held-out epoch."""
+        if len(cell.lengths) < 2 or "held-out" not in cell.run.score:
+            return []
         alike = [c for n in cell.lengths if (load := self.find(epochs=n)) for c in load.cells if c.same == cell.same]
         every = [*cell.lengths.values()], [runs for c in alike for runs in c.sam.values()]
         whole = [[[runs[s] for s in cell.shared] for runs in some if runs.keys() >= {*cell.shared}] for some in every]
-        if len(cell.lengths) < 2 or "held-out" not in cell.run.score:
-            return []
         return [*zip(*(max(some, key=lambda runs: np.mean([run.score["held-out"] for run in runs])) for some in whole))]
 
     def points(self, what, number="last"):
