@@ -13,11 +13,11 @@ import math
 import os
 import textwrap
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 SGD, SAM, GREY = "#0072B2", "#D55E00", "#8c8c8c"  # Okabe and Ito: told apart by the colour-blind and in print
@@ -57,7 +57,8 @@ KNOWN = {*DEFAULTS, *MNIST, "dataset", "script", "shape"}  # others, at their de
 VARIED = {"hidden", "filters", "sparsity", "sam", "rho", "seed", "device", "results", "force", "workers", "sharpness"}
 SCRIPTS = {"mlp_width", "resnet_width", "label_noise", "sparsity"}
 T95 = math.nan, 12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216  # Student's, seeds - 1
-NAMED = {"loss", "schedule", "epochs", "train_size", "batch_size"}  # in titles, where not the default
+NAMED = {"epochs": "{} epochs", "train_size": "{} images", "batch_size": "batches of {}", "loss": "{} loss"}
+NAMED["schedule"] = "{} schedule"  # in titles, where not the default
 freeze = json.JSONEncoder(sort_keys=True, default=str).encode  # settings as a key
 
 
@@ -250,19 +251,14 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         return text + " unresolved" * bool(abs(mean) <= half) if values else ""
 
 
-def read(path):
-    try:
-        return path, Run(path)
-    except Exception as error:  # a foreign file may be anything
-        return path, f"not a result file ({type(error).__name__}: {error})"
-
-
 def workloads(folder):
     """The workloads of the result files below the folder, and {path: why} of those that are in none."""
     found, sgd, sam, cells, loads, left = (defaultdict(kind) for kind in (list, dict, dict, list, dict, str))
-    with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:  # most of the time goes into reading
-        for path, run in pool.map(read, sorted(Path(folder).glob("*/*.json")), chunksize=50):
-            found[run.key].append(run) if isinstance(run, Run) else left.update({path: run})
+    for path in sorted(Path(folder).glob("*/*.json")):
+        try:
+            found[(run := Run(path)).key].append(run)
+        except Exception as error:  # a foreign file may be anything
+            left[path] = f"not a result file ({type(error).__name__}: {error})"
     for (settings, _, rho, seed), twins in found.items():
         if len({(run.status, *run.history.get("test_loss", ())) for run in twins}) > 1:
             left |= {run.path: "another result of the same run differs" for run in twins}
@@ -290,7 +286,8 @@ def workloads(folder):
         for load in loads.values():  # as few settings as tell the titles apart
             value = load.settings.get(key, default := load.usual.get(key, ""))
             if value != default and (titles.count(load.title) > 1 or key in NAMED and load.metric == "acc"):
-                load.title += f", {key.replace('_', ' ')} {f'{value:g}' if type(value) is float else value}"
+                named = NAMED.get(key, key.replace("_", " ") + " {}")
+                load.title += ", " + named.format(f"{value:g}" if type(value) is float else value)
     return sorted(loads.values(), key=lambda load: (load.role() != "clean", load.title)), left
 
 
@@ -300,14 +297,17 @@ def short(n):  # 61035 as 61k, 1426410 as 1.4M
 
 
 def draw(ax, points, label, style, color, *_):
-    """A series: mean and interval at each point (x, {seed: value}); thin and grey, if it is solid, a line a seed."""
+    """A series: mean and interval at each point (x, {seed: value}); thin and grey, if it is solid, a line a seed.
+    The axes reach as far as means and seeds do, and a margin."""
     points = [(x, values) for x, values in points if values]
     thin = [(x, v.get(s, math.nan)) for s in {s for _, v in points for s in v} for x, v in [*points, (math.nan, {})]]
     if points:
         ax.plot(*(zip(*thin) if "-" in style else ([], [])), ".-", color=GREY, linewidth=0.5, markersize=2.5, zorder=1)
         x, mean, half = zip(*[(x, *interval(values)) for x, values in points])
-        look = {"color": color, "markerfacecolor": color if "-" in style else "white", "markersize": 4.5}
-        ax.errorbar(x, mean, half, fmt=style, label=label, elinewidth=1, **look)
+        face = color if "-" in style else "white"
+        ax.plot(x, mean, style, label=label, color=color, markerfacecolor=face, markersize=4.5)
+        bars = [[(x, m - h), (x, m + h)] for x, m, h in zip(x, mean, half) if h > 0]
+        ax.add_collection(LineCollection(bars, colors=color, linewidths=1), autolim=False)
 
 
 def ticks(ax, names, log=True, **more):
@@ -321,13 +321,19 @@ def ticks(ax, names, log=True, **more):
     ax.set_xticks([*names], [""] * len(names), minor=True)
 
 
-def by_rho(ax, load, number, shade):
+def shade(load, c):  # a line's look by log parameters; up to 0.8 of viridis: no yellow on white
+    first, last, own = (math.log(cell.params) for cell in (load.cells[0], load.cells[-1], c))
+    at = (own - first) / (last - first) if first < last else 0.5
+    return {"color": matplotlib.colormaps["viridis"](0.8 * at), "label": {0: "narrowest", 1: "widest"}.get(at)}
+
+
+def by_rho(ax, load, number):
     """A line a cell: means over the seeds that its radii share, evenly spaced from SGD (0) on; returns {rho: x}."""
     at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.tried}), start=1)}
     for c in [c for c in load.cells if c.values("SAM", number)]:
         runs, best = {0: c.sgd} | {at[rho]: c.sam[rho] for rho in c.radii}, at[c.chosen["last"][0]]
         y = {x: np.mean([runs[x][seed].numbers.get(number, math.nan) for seed in c.shared]) for x in runs}
-        ax.plot([*y], [*y.values()], ".-", linewidth=1, **shade(c))
+        ax.plot([*y], [*y.values()], ".-", linewidth=1, **shade(load, c))
         ax.plot(best, y[best], "o", markerfacecolor="none", color=SAM, markersize=8)
     ticks(ax, {0: "SGD"} | {x: f"{rho:g}" for rho, x in at.items()}, log=False, xlabel="rho")
     return at
@@ -341,17 +347,22 @@ def by_epoch(ax, cell, i, key, start=0, **style):  # SGD's (i = 0) or SAM's (1) 
 
 def sheet(loads, *rows):
     """A column a workload, up to four side by side; a row: its name, what of LOOK, which number, or nothing."""
-    fig, shown = Figure(), loads[:8]
-    fig.columns, fig.left_out, fig.places, block = [], loads[8:], {}, 0.8 + 1.65 * len(rows)  # inches
+    shown = loads[:8]
     across, wide = {1: (1, 2.7), 2: (2, 1.75)}.get(len(shown), (3 if len(shown) in (3, 5, 6) else 4, 1.15))
+    block = 0.75 + 1.62 * len(rows)  # inches: of a column, its title included
+    width, height = across * (wide + 0.8), (math.ceil(len(shown) / across) or 1) * block
+    fig = Figure((width, height))
+    fig.columns, fig.left_out = [], loads[8:]
     for i, load in enumerate(shown):
-        axes = [fig.add_axes((0, 0, 1, 1), label=f"{i} {row}") for row in range(len(rows))]
+        left, top = i % across * (wide + 0.8), height - i // across * block - 0.75
+        places = [(left / width, (top - 1.62 * row - 1.15) / height) for row in range(len(rows))]
+        axes = [fig.add_axes((*place, wide / width, 1.15 / height)) for place in places]
         gain = load.trends().get("gain") if rows[0][0].startswith("{0}") else None
-        title = textwrap.fill(load.title, int(15 * wide + 8)) + (f"\nn={len(gain)}: {load.say(gain)}" if gain else "")
+        title = load.title.replace(" ", "\xa0").replace(",\xa0", ", ")  # to be broken at commas
+        title = textwrap.fill(title, int(15 * wide + 11)) + (f"\nn={len(gain)}: {load.say(gain)}" if gain else "")
         axes[0].set_title(title, fontsize=7 if across > 2 else 8)
         for row, ax in enumerate(axes):
             name, *whats = (text.format(*WORDS[load.metric]) for text in rows[row])
-            fig.places[ax] = 0.75 + i % across * (wide + 0.72), i // across * block + 0.7 + 1.65 * row, wide, 1.15
             for what in whats[0].split(", ") if whats else ():
                 draw(ax, load.points(what, *whats[1:]), *LOOK[what])
             ax.set_yscale("log" if whats[1:] in (["train_loss"], ["bend of y"]) else "linear")
@@ -360,41 +371,32 @@ def sheet(loads, *rows):
             at = {x: x if load.deep else short(x) for what in ("SGD", "dense") for x, _ in load.points(what)}
             ticks(ax, at, not load.deep, xlabel=load.xlabel, ylabel=name)
         fig.columns.append((axes, load))
-    sizes = sorted({c.params for load in shown for c in load.cells}) or [1]
-    named = {sizes[round(i)]: f"{short(sizes[round(i)])} parameters" for i in np.linspace(0, len(sizes) - 1, 6)}
-    norm = matplotlib.colors.LogNorm(sizes[0], 1.001 * sizes[-1], clip=True)  # up to 0.8 of viridis: no yellow on white
-    fig.shade = lambda c: {"color": matplotlib.colormaps["viridis"](0.8 * norm(c.params)), "label": named.get(c.params)}
-    fig.set_size_inches(0.3 + across * (wide + 0.72), (math.ceil(len(shown) / across) or 1) * block - 0.1)
     return fig
 
 
+class Plain(matplotlib.ticker.LogFormatter):  # 0.2 for 2e-01
+    def __call__(self, x, pos=None):
+        return super().__call__(x, pos) and f"{x:g}"
+
+
 def finish(fig, caption, path):
-    """Limits by means and seeds, which long error bars may leave; below the axes the legend and the caption."""
+    """Below the axes the legend and the caption."""
     for ax in fig.axes:
-        ax.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter())
-        group = ax.get_shared_y_axes().get_siblings(ax)
-        y = np.array([y for a in group for line in a.lines for y in line.get_ydata() if math.isfinite(y)])
-        if len(y) and ax.get_yscale() == "linear":
-            bars = [bar[:, 1] for a in group for each in a.collections for bar in each.get_segments() if len(bar)]
-            reach, bars = max(y.max() - y.min(), abs(y.max()) / 100) or 1, np.concatenate([y, *bars])
-            low, high = max(np.nanmin(bars), y.min() - reach / 2), min(np.nanmax(bars), y.max() + reach / 2)
-            ax.set_ylim(low - 0.06 * reach, high + 0.06 * reach)
+        if ax.get_yscale() == "log":
+            ax.yaxis.set(major_formatter=Plain(), minor_formatter=Plain())
     tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
     bars = f" Bars: 95% intervals (Student's t) over seeds, on these {tests}test data, pointwise, cut if long; grey: "
-    caption += f"{bars}a seed." * any(ax.containers for ax in fig.axes)
+    caption += f"{bars}a seed." * any(ax.collections for ax in fig.axes)
     caption += " n: seeds, the gain's slope per tenfold parameters." * any("\nn=" in ax.get_title() for ax in fig.axes)
     caption += " rho: best on held-out or else test data."
     width, height = fig.get_size_inches()
-    text = textwrap.fill(" ".join(caption.split()), int(17 * width))
     keys = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    across = max(1, int(13 * width / (max(map(len, keys), default=0) + 6)))
-    below, legend = 0.14 * text.count("\n") + 0.3, 0.19 * math.ceil(len(keys) / across)
-    fig.set_size_inches(width, total := height + below + legend)
-    for ax, (x, y, w, h) in fig.places.items():
-        ax.set_position((x / width, 1 - (y + h) / total, w / width, h / total))
-    fig.text(0.05 / width, 0.05 / total, text, fontsize=7.5, va="bottom", linespacing=1.15)
-    fig.legend(keys.values(), keys, ncols=across, loc="lower center", bbox_to_anchor=(0.5, below / total))
-    fig.savefig(path, dpi=150)
+    across = max(1, int(14 * width / (max(map(len, keys), default=0) + 6)))
+    middle, below = 0.5 - 0.36 / width, -0.17 * math.ceil(len(keys) / across) - 0.1
+    fig.legend(keys.values(), keys, ncols=across, loc="upper center", bbox_to_anchor=(middle, 0), borderaxespad=0)
+    text = textwrap.fill(" ".join(caption.split()), int(17 * width))
+    fig.text(-0.6 / width, below / height, text, va="top", linespacing=1.15)
+    fig.savefig(path, dpi=150, bbox_inches="tight")  # which has the legend and the caption, below the figure
 
 
 class Figures(list):  # All workloads; a method draws a figure, its docstring is the caption: so add yours
@@ -421,7 +423,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         Below, the chosen rho, the range of those within a paired standard error, and the grid's edges (dashed)."""
         fig = sheet(self.of("clean", "noisy"), ("{1}",), ("best rho",))
         for (top, bottom), load in fig.columns:
-            at = by_rho(top, load, "last", fig.shade)
+            at = by_rho(top, load, "last")
             for c, (best, alike) in [(c, c.chosen["last"]) for c in load.cells]:
                 bottom.plot([c.params] * 2, [at[alike[0]], at[alike[-1]]], color=GREY)
                 bottom.plot(c.params, at[best], "o", color=SAM)
@@ -438,6 +440,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         for (first, a), (second, b) in zip(fig.columns, fig.columns[1:]):
             for ax, other in zip(second, first) if a.base == b.base else ():
                 ax.sharey(other)
+                ax.autoscale(axis="y")
         return fig
 
     def sparsity(self):
@@ -466,11 +469,12 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
                 mark = "os^Dvp*"[int(8 * load.noise) % 7]
                 for c in load.cells:
                     sgd, gain = c.values("SGD", "train_acc"), c.values("gain")
-                    (line,) = ax.plot([], [], **fig.shade(c))
+                    (line,) = ax.plot([], [], **shade(load, c))
                     ax.plot([sgd[s] for s in gain], [*gain.values()], mark, markersize=4, color=line.get_color())
                 ax.plot([], [], mark, color=GREY, label=f"{100 * load.noise:.4g}% flipped")
             ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's accuracy (%)", xlim=(-5, 105))
-            ax.title.set_text(textwrap.fill(base.title.replace(f", {100 * base.noise:.4g}% flipped", ""), 25))
+            title = ax.get_title().split("\nn=")[0].replace(f"{100 * base.noise:.4g}%\xa0flipped", "all\xa0rates")
+            ax.set_title(title, fontsize=7)
         return fig
 
     def curves(self):
@@ -499,18 +503,19 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         at up to four widths, as far as |f| < 5, a line a seed; total variation of the slope, sum of |f''|; loss."""
         rows = *[("",)] * 4, ("sum of |f''|", "SGD, SAM", "bend of y"), ("training loss", "SGD, SAM", "train_loss")
         fig = sheet([load for load in self.of("curve") if load.cells[0].run.function], *rows)
-        for i, ((*axes, bend, loss), load) in enumerate(fig.columns):
-            shown = sorted({*np.linspace(0, len(load.cells) - 1, 4).round().astype(int)})
-            for j, (ax, c) in enumerate(zip(axes, [load.cells[i] for i in shown] + [None] * 3)):
+        fig.set_size_inches(6.7, height := 4.1 * len(fig.columns) or 1)
+        for i, ((*axes, bend, loss), load) in enumerate(fig.columns, start=1):
+            shown = [load.cells[i] for i in sorted({*np.linspace(0, len(load.cells) - 1, 4).round().astype(int)})]
+            for j, (ax, c) in enumerate(zip(axes, shown + [None] * 3)):
                 for run in [run for run in sum(c.pairs(), ()) if "y" in run.function] if c else ():
                     y = np.where(abs(run.function["y"]) < 5, run.function["y"], math.nan)
                     ax.plot(run.function["x"], y, color=SGD if run.rho is None else SAM, linewidth=0.7)
                 ax.plot(*CURVE, ".", color="black", markersize=4)
                 ax.set(xscale="linear", xlabel=f"x; width {c and c.width}", yticks=range(-4, 5, 2), visible=bool(c))
-                fig.places[ax] = 0.45 + 1.6 * j, 4.1 * i + 0.4, 1.2, 1.35
+                ax.set_position((j / 4, 1 - (4.1 * i - 2.4) / height, 0.18, 1.3 / height))
             draw(bend, load.points("SGD", "bend of y_initial"), "at initialization", "^:", "black")
-            fig.places |= {bend: (0.7, 4.1 * i + 2.35, 2.4, 1.15), loss: (4, 4.1 * i + 2.35, 2.4, 1.15)}
-        fig.set_size_inches(6.7, 4.1 * len(fig.columns) or 1)
+            for ax, x in ((bend, 0.04), (loss, 0.56)):
+                ax.set_position((x, 1 - (4.1 * i - 0.45) / height, 0.36, 1.15 / height))
         return fig
 
     def convergence(self):
@@ -520,7 +525,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         fig = sheet(self.of("constant"), *rows)
         for axes, load in fig.columns:
             for c, i in [(c, i) for c in load.cells for i in (0, 1)]:
-                by_epoch(axes[1 - i], c, i, "train_loss", **fig.shade(c))
+                by_epoch(axes[1 - i], c, i, "train_loss", **shade(load, c))
         return fig
 
     def sharpness(self):
@@ -530,7 +535,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         rows = ("largest\neigenvalue", "lambda_max"), ("s2", "s2"), ("training loss", "train_loss")
         fig = sheet(loads, *[(name, "SGD, SAM", key) for name, key in rows], *[(name,) for name, _ in rows[:2]])
         for (_, _, _, *below), load in fig.columns:
-            at = [by_rho(ax, load, name, fig.shade) for ax, name in zip(below, ("lambda_max", "s2"))][0]
+            at = [by_rho(ax, load, key) for ax, key in zip(below, ("lambda_max", "s2"))][0]
             if load.settings["schedule"] == "constant" and load.settings["loss"] == "mse":
                 eta, rhos = load.settings["lr"], (0, *at)
                 sharp = [4 / eta / (1 + math.sqrt(1 + 8 * rho / eta)) for rho in rhos]
@@ -609,8 +614,8 @@ def main():
     parser.add_argument("--figures", type=Path, default="figures", help="where the figures go (default: figures)")
     parser.allow_abbrev, parser.error = False, lambda message: parser.exit(2, f"plot.py: {message}\n")
     args = parser.parse_args()
-    matplotlib.rcParams |= {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
-    matplotlib.rc("axes.formatter", useoffset=False)
+    matplotlib.rcParams |= {"font.size": 8, "grid.alpha": 0.25, "legend.frameon": False, "axes.grid": True}
+    matplotlib.rcParams |= {"axes.formatter.useoffset": False, "axes.ymargin": 0.25}
     loads, left = workloads(args.results)
     if not loads:
         parser.error(f"--results {args.results}: no run of SAM has one of SGD at the same seed; run a script first")
