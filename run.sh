@@ -59,7 +59,7 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
         sgd label_noise.py --hidden $HIDDEN --noise $NOISES --epochs $item $more
         sgd label_noise.py --filters $NOISE_FILTERS --noise $NOISES --epochs $((2 * item)) $images
     done
-    [[ " $NOISES " != *" 0.5 "* ]] || for item in $PERTURB; do
+    [[ ! " $NOISES " =~ " "0?\.50*" " ]] || for item in $PERTURB; do
         sam "$mnist" label_noise.py --hidden $HIDDEN --noise 0.5 --perturb "$item" $more
         sam "$cifar" label_noise.py --filters $NOISE_FILTERS --noise 0.5 --perturb "$item" $images
     done

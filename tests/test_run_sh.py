@@ -300,6 +300,11 @@ def test_variables_shrink_the_full_run():
     assert count(found, "resnet_width.py", "filters=4", without=["epochs", "weight-decay", "schedule"]) == 2
 
 
+@pytest.mark.parametrize(("noises", "half"), [("0.1 0.50", True), (".5", True), ("0.51 0.05", False)])
+def test_half_of_the_labels_is_half_however_it_is_written(noises, half):
+    assert half == bool(count(runs(listed(NOISES=noises)), "label_noise.py", "perturb=last"))
+
+
 @pytest.mark.parametrize("name", VARIABLES)
 def test_an_empty_list_drops_its_experiments_and_no_others(name):
     every, left = (set(runs(listed(IMAGENET="images", **more))) for more in ({}, {name: ""}))
