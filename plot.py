@@ -208,13 +208,16 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         return next((role for role, holds in roles.items() if holds), "noisy" if self.noise else "clean")
 
     def tuned(self, cell):
-        """[(SGD's run, SAM's)]: each of the number of epochs, and SAM's of the rho, best at the held-out epoch."""
-        if len(cell.lengths) < 2 or "held-out" not in cell.run.score:
-            return []
+        """[(SGD's run, SAM's)]: each of the number of epochs, and SAM's of the rho, best at the held-out epoch; by the
+        seeds that all of them share, or else none."""
         alike = [c for n in cell.lengths if (load := self.find(epochs=n)) for c in load.cells if c.same == cell.same]
         every = [*cell.lengths.values()], [runs for c in alike for runs in c.sam.values()]
-        whole = [[[runs[s] for s in cell.shared] for runs in some if runs.keys() >= {*cell.shared}] for some in every]
-        return [*zip(*(max(some, key=lambda runs: np.mean([run.score["held-out"] for run in runs])) for some in whole))]
+        mine = {*cell.shared}
+        seeds = sorted(mine.intersection(*(runs for tried in every for runs in tried if runs.keys() & mine)), key=str)
+        if len(cell.lengths) < 2 or not seeds or "held-out" not in cell.run.score:
+            return []
+        whole = [[[runs[seed] for seed in seeds] for runs in tried if runs.keys() >= {*seeds}] for tried in every]
+        return [*zip(*(max(tried, key=lambda runs: np.mean([r.score["held-out"] for r in runs])) for tried in whole))]
 
     def points(self, what, number="last"):
         """[(x, {seed: number})] of what LOOK names; x: the number of parameters that are not pruned, or of layers."""

@@ -437,6 +437,16 @@ def test_where_both_are_tuned_each_has_its_best_number_of_epochs(tmp_path):
     assert not one(tmp_path / "alone", pair(val=0.5)).tuned(one(tmp_path / "alone", pair(val=0.5)).cells[0])
 
 
+def test_numbers_of_epochs_are_compared_on_the_seeds_that_all_have(tmp_path):
+    runs = [r for seed in range(3) for r in pair(seed=seed, val=0.8)]
+    runs += [run(seed=seed, acc=0.91 + seed / 100, val=0.9, epochs=4) for seed in range(2)]
+    load = one(tmp_path, [*runs, run(seed=7, acc=0.99, val=0.99, epochs=8)])  # SAM 91, SGD of 4 epochs 91 and 92
+    assert plot.gains(load.tuned(load.cells[0]), "held-out") == pytest.approx({0: 0, 1: -1})
+    apart = [run(seed=2, val=0.9, epochs=6), run(seed=0, val=0.9, epochs=8), *runs]
+    load = one(tmp_path / "apart", apart)
+    assert not load.tuned(load.cells[0])
+
+
 def test_training_that_is_neither_the_papers_nor_the_longest_is_short(tmp_path):
     loads, _ = read(tmp_path, [r for epochs in (30, 100, 200) for r in pair(epochs=epochs)])
     assert {load.settings["epochs"]: load.role() for load in loads} == {30: "short", 100: "clean", 200: "clean"}
