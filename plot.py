@@ -25,12 +25,12 @@ SGD, SAM, GREY = "#0072B2", "#D55E00", "#8c8c8c"  # Okabe and Ito: told apart by
 LOOK = {"SGD": ("SGD", "s-", SGD, "SGD", {}), "SAM": ("SAM", "o-", SAM, "SAM", {})}
 LOOK |= {"twice": ("SGD, twice the epochs", "^:", SGD, "twice", {}), "paper": ("the paper", "x:", "black", "paper", {})}
 LOOK |= {"gain": ("SAM - SGD", "D-", SAM, "gain", {}), "held-out": ("SAM - SGD, held-out epoch", "D:", SAM, "gain", {})}
-LOOK["by its rule"] = "SAM - SGD, by the paper's rule", "x:", SAM, "gain", {}
-LOOK["one rho"] = "SAM - SGD, one rho for all", "s:", SAM, "gain", {}
+LOOK["by its rule"] = "SAM - SGD, by the paper's rule", "x:", "#E69F00", "gain", {}
+LOOK["one rho"] = "SAM - SGD, one rho for all", "s:", "#56B4E9", "gain", {}
 LOOK["tuned"] = "SAM - SGD, epochs tuned", "v:", "#009E73", "tuned", {}
 LOOK["no decay"] = "without weight decay", "s--", "black", "gain", {"weight_decay": 0.0}
-LOOK["rest"] = "all but the last layer perturbed", "^--", "#CC79A7", "gain", {"perturb": "rest"}
-LOOK["last"] = "the last layer alone perturbed", "v--", "#009E73", "gain", {"perturb": "last"}
+LOOK["rest"] = "all but the last layer perturbed", "^:", "#CC79A7", "gain", {"perturb": "rest"}
+LOOK["last"] = "the last layer alone perturbed", "v:", "#009E73", "gain", {"perturb": "last"}
 LOOK["dense"] = "SAM - SGD, dense", "D:", "black", "gain", {"pruner": None}
 MNIST = {"model": "MLP", "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 MNIST |= {"noise": 0, "warmup": 0, "perturb": "all", "loss": "ce", "schedule": "step", "train_size": None}
@@ -168,6 +168,10 @@ def gains(pairs, number):  # SAM's over SGD, by seed
     return {a.seed: a.sign * (b.numbers[number] - a.numbers[number]) for a, b in pairs}
 
 
+def minus(values, others):  # by seed
+    return {seed: values[seed] - others[seed] for seed in values if seed in others}
+
+
 def choose(cells, stop="last", without=None):
     """The rho best in the mean over the cells' shared seeds (nan: none is in all), and those within a paired error."""
     radii = sorted(set.intersection(*({*c.radii} for c in cells))) if all(stop in c.run.score for c in cells) else []
@@ -233,17 +237,21 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
     def contrast(self, cell):  # the gain of a pruned network minus that of a dense one with as many weights left
         dense = self.find(pruner=None) if self.settings["pruner"] else None
         alike = [d for d in dense.cells if 0.95 < cell.nonzero / d.params < 1.05] if dense else []
-        own, other = cell.values("gain"), alike[0].values("gain") if alike else {}
-        return {seed: own[seed] - other[seed] for seed in own if seed in other}
+        return minus(cell.values("gain"), alike[0].values("gain")) if alike else {}
 
     def trends(self, stop="last"):
-        """By seed: slopes per tenfold parameters, the gain's at each rho too, its widest - narrowest, mean; or {}."""
+        """By seed: slopes per tenfold parameters, the gain's at each rho too, its widest - narrowest, its mean and what
+        that is above the one at the next lower noise rate; or {}."""
         if self.deep or self.settings["pruner"] or stop not in self.cells[0].run.score:
             return {}
         whats = ["gain", "SGD", "SAM", "one rho"] + ["tuned"] * (stop == "held-out")
         found = {what: trend(self.points(what, stop))[0] for what in whats}
         found["widest - narrowest"] = trend(self.points("gain", stop))[1]
-        found |= {f"mean {what}": trend(self.points(what, stop))[2] for what in whats[::4]}
+        less = [load for load in self.others.values() if load.base == self.base and load.noise < self.noise]
+        for what in whats[::4]:
+            found[f"mean {what}"] = mean = trend(self.points(what, stop))[2]
+            for load in sorted(less, key=lambda load: load.noise)[-1:]:
+                found[f"mean {what} - at less noise"] = minus(mean, trend(load.points(what, stop))[2])
         for rho in sorted({rho for c in self.cells for rho in c.radii}):
             found[f"gain at rho {rho:g}"] = trend([(c.params, c.values("gain", stop, rho)) for c in self.cells])[0]
         return found if found["gain"] else {}
@@ -299,18 +307,24 @@ def short(n):  # 61035 as 61k, 1426410 as 1.4M
     return f"{n / 1000**power:.{2 if n / 1000**power < 99.5 else 3}g}" + ("", "k", "M", "G")[power]
 
 
+def bars(ax, points, color):
+    """The interval at each point (x, {seed: value}); the axes reach as far, if it is of more than two seeds."""
+    for whole in (True, False):
+        ends = [(x, *interval(values)) for x, values in points if (len(values) > 2) == whole]
+        lines = LineCollection([[(x, mean - half), (x, mean + half)] for x, mean, half in ends if half > 0])
+        lines.set(color=color, linewidth=1)
+        ax.add_collection(lines, autolim=whole)
+
+
 def draw(ax, points, label, style, color, *_):
-    """A series: mean and interval at each point (x, {seed: value}); thin and grey, if it is solid, a line a seed.
-    The axes reach as far as means and seeds do, and a margin."""
+    """A series: mean and interval at each point (x, {seed: value}); thin and grey, if it is solid, a line a seed."""
     points = [(x, values) for x, values in points if values]
     thin = [(x, v.get(s, math.nan)) for s in {s for _, v in points for s in v} for x, v in [*points, (math.nan, {})]]
     if points:
         ax.plot(*(zip(*thin) if "-" in style else ([], [])), ".-", color=GREY, linewidth=0.5, markersize=2.5, zorder=1)
-        x, mean, half = zip(*[(x, *interval(values)) for x, values in points])
-        face = color if "-" in style else "white"
-        ax.plot(x, mean, style, label=label, color=color, markerfacecolor=face, markersize=4.5)
-        bars = [[(x, m - h), (x, m + h)] for x, m, h in zip(x, mean, half) if h > 0]
-        ax.add_collection(LineCollection(bars, colors=color, linewidths=1), autolim=False)
+        look = {"color": color, "markerfacecolor": color if "-" in style else "white", "markersize": 4.5}
+        ax.plot(*zip(*[(x, interval(values)[0]) for x, values in points]), style, label=label, **look)
+        bars(ax, points, color)
 
 
 def ticks(ax, names, log=True, **more):
@@ -327,7 +341,8 @@ def ticks(ax, names, log=True, **more):
 def shade(load, c):  # a line's look by log parameters; up to 0.8 of viridis: no yellow on white
     first, last, own = (math.log(cell.params) for cell in (load.cells[0], load.cells[-1], c))
     at = (own - first) / (last - first) if first < last else 0.5
-    return {"color": matplotlib.colormaps["viridis"](0.8 * at), "label": {0: "narrowest", 1: "widest"}.get(at)}
+    names = {0: "narrowest", 1: "widest", 0.5: "the only width"}
+    return {"color": matplotlib.colormaps["viridis"](0.8 * at), "label": names[at] if at in names else None}
 
 
 def by_rho(ax, load, number):
@@ -335,8 +350,10 @@ def by_rho(ax, load, number):
     at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.tried}), start=1)}
     for c in [c for c in load.cells if c.values("SAM", number)]:
         runs, best = {0: c.sgd} | {at[rho]: c.sam[rho] for rho in c.radii}, at[c.chosen["last"][0]]
-        y = {x: np.mean([runs[x][seed].numbers.get(number, math.nan) for seed in c.shared]) for x in runs}
-        ax.plot([*y], [*y.values()], ".-", linewidth=1, **shade(load, c))
+        points = [(x, {s: runs[x][s].numbers.get(number, math.nan) for s in c.shared}) for x in runs]
+        y = {x: interval(values)[0] for x, values in points}
+        (line,) = ax.plot([*y], [*y.values()], ".-", linewidth=1, **shade(load, c))
+        bars(ax, points, line.get_color())
         ax.plot(best, y[best], "o", markerfacecolor="none", color=SAM, markersize=8)
     ticks(ax, {0: "SGD"} | {x: f"{rho:g}" for rho, x in at.items()}, log=False, xlabel="rho")
     return at
@@ -352,46 +369,45 @@ def sheet(loads, *rows):
     """A column a workload, up to four side by side; a row: its name, what of LOOK, which number, or nothing."""
     shown = loads[:8]
     across, wide = {1: (1, 2.7), 2: (2, 1.75)}.get(len(shown), (3 if len(shown) in (3, 5, 6) else 4, 1.15))
-    block = 0.75 + 1.62 * len(rows)  # inches: of a column, its title included
+    block = 0.65 + 1.75 * len(rows)  # inches: of a column, its title included
     width, height = across * (wide + 0.8), (math.ceil(len(shown) / across) or 1) * block
     fig = Figure((width, height))
     fig.columns, fig.left_out = [], loads[8:]
     for i, load in enumerate(shown):
-        left, top = i % across * (wide + 0.8), height - i // across * block - 0.75
-        places = [(left / width, (top - 1.62 * row - 1.15) / height) for row in range(len(rows))]
+        left, top = i % across * (wide + 0.8), height - i // across * block - 0.65
+        places = [(left / width, (top - 1.75 * row - 1.15) / height) for row in range(len(rows))]
         axes = [fig.add_axes((*place, wide / width, 1.15 / height)) for place in places]
-        gain = load.trends().get("gain") if rows[0][0].startswith("{0}") else None
         title = load.title.replace(" ", "\xa0").replace(",\xa0", ", ")  # to be broken at commas
-        title = textwrap.fill(title, int(15 * wide + 11)) + (f"\nn={len(gain)}: {load.say(gain)}" if gain else "")
-        axes[0].set_title(title, fontsize=7 if across > 2 else 8)
-        for row, ax in enumerate(axes):
-            name, *whats = (text.format(*WORDS[load.metric]) for text in rows[row])
-            for what in whats[0].split(", ") if whats else ():
-                draw(ax, load.points(what, *whats[1:]), *LOOK[what])
-            ax.set_yscale("log" if whats[1:] in (["train_loss"], ["bend of y"]) else "linear")
-            if rows[row][0].startswith("{0}"):
+        axes[0].set_title(textwrap.fill(title, int(15 * wide + 11)))
+        for row, ax in zip(rows, axes):
+            name, whats, number = (text.format(*WORDS[load.metric]) for text in (*row, *("", "", "last")[len(row) :]))
+            series = {what: load.points(what, number) for what in whats.split(", ") if what}
+            for what, points in series.items():
+                draw(ax, points, *LOOK[what])
+            ax.set_yscale("log" if number in ("train_loss", "bend of y") else "linear")
+            if row[0].startswith("{0}"):
                 ax.axhline(0, color="black", linewidth=0.7, zorder=0)
-            at = {x: x if load.deep else short(x) for what in ("SGD", "dense") for x, _ in load.points(what)}
+                gain = load.trends(number if number in STOPS else "last").get("gain")
+                ax.set_title(f"{ax.get_title()}\nn={len(gain)}: {load.say(gain)}".strip() if gain else ax.get_title())
+            ax.title.set_fontsize(7 if across > 2 else 8)
+            used = sum(series.values(), load.points("SGD") + load.points("dense"))
+            at = {x: x if load.deep else short(x) for x, _ in used}
             ticks(ax, at, not load.deep, xlabel=load.xlabel, ylabel=name)
         fig.columns.append((axes, load))
     return fig
 
 
-class Plain(matplotlib.ticker.LogFormatter):  # 0.2 for 2e-01
-    def __call__(self, x, pos=None):
-        return super().__call__(x, pos) and f"{x:g}"
-
-
 def finish(fig, caption, path):
     """Below the axes the legend and the caption."""
-    for ax in fig.axes:
-        if ax.get_yscale() == "log":
-            ax.yaxis.set(major_formatter=Plain(), minor_formatter=Plain())
     tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
-    bars = f" Bars: 95% intervals (Student's t) over seeds, on these {tests}test data, pointwise, cut if long; grey: "
-    caption += f"{bars}a seed." * any(ax.collections for ax in fig.axes)
-    caption += " n: seeds, the gain's slope per tenfold parameters." * any("\nn=" in ax.get_title() for ax in fig.axes)
-    caption += " rho: best on held-out or else test data."
+    tests = f", on these {tests}test data" * any(ax.get_ylabel().startswith(("gain", "test")) for ax in fig.axes)
+    bars = f" Bars: 95% intervals (Student's t) over seeds{tests}, pointwise, cut where of two seeds."
+    caption += bars * any(ax.collections for ax in fig.axes)
+    lines = sum((list(ax.lines) for ax in fig.axes), [])
+    caption += " Grey: a seed." * any(line.get_color() == GREY for line in lines if len(line.get_xdata()))
+    caption += " n: seeds, the gain's slope per tenfold parameters." * any("n=" in ax.get_title() for ax in fig.axes)
+    chosen_on = " or, where there are none, on ".join(sorted({load.chosen_on for _, load in fig.columns}))
+    caption += f" rho is chosen on {chosen_on} data."
     width, height = fig.get_size_inches()
     keys = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     across = max(1, int(14 * width / (max(map(len, keys), default=0) + 6)))
@@ -414,11 +430,11 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         return sheet(self.of("clean", "noisy"), ("{0}, last", "one rho, gain"), early)
 
     def accuracy_by_width(self):
-        """SGD and SAM on test data, and SGD trained for twice the epochs; below, on training data. Dashed, synthetic
-        data: the noise floor, and the loss of a constant."""
+        """SGD and SAM on test data, and SGD of twice the epochs, where it was run; below, on training data. Dashed,
+        synthetic data: the noise floor, and the loss of a constant."""
         fig = sheet(self.of("clean"), ("{1}", "SGD, SAM, twice"), ("{2}", "SGD, SAM", "train_{3}"))
         for top in [axes[0] for axes, load in fig.columns if load.dataset == "teacher"]:
-            top.hlines([1, 1.306], *top.get_xlim(), "black", "--", linewidth=0.7)
+            top.hlines([1, 1.306], *top.get_xlim(), "black", "--", label="noise, a constant", linewidth=0.7)
         return fig
 
     def rho(self):
@@ -428,18 +444,20 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         for (top, bottom), load in fig.columns:
             at = by_rho(top, load, "last")
             for c, (best, alike) in [(c, c.chosen["last"]) for c in load.cells]:
-                bottom.plot([c.params] * 2, [at[alike[0]], at[alike[-1]]], color=GREY)
+                bottom.plot([c.params] * 2, [at[alike[0]], at[alike[-1]]], color="black", zorder=1)
                 bottom.plot(c.params, at[best], "o", color=SAM)
-            bottom.plot(bottom.get_xlim(), [(1, len(at))] * 2, "--", color=GREY, linewidth=0.7)
+            bottom.plot(bottom.get_xlim(), [(1, len(at))] * 2, "--", color="black", linewidth=0.7)
             bottom.set_yticks([*at.values()], [f"{rho:g}" for rho in at], fontsize=9 if len(at) < 9 else 5)
         return fig
 
     def label_noise(self):
-        """By fraction of flipped labels: SAM's gain after the last epoch, and where run and rho are taken at the best
-        held-out epoch; SGD and SAM; accuracy on the training labels as they were. Held-out labels are clean."""
+        """By fraction of flipped labels: SAM's gain after the last epoch, at the best held-out epoch of each run, and
+        where each also has its best number of epochs; SGD and SAM; accuracy on the training labels as they were.
+        Held-out labels are clean."""
         order = sorted(self.of("clean", "noisy"), key=lambda load: (load.base, load.noise))
         noisy = [load for load in order if any(load.base == other.base for other in self.of("noisy"))]
-        fig = sheet(noisy, ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"), ("on true labels", "SGD, SAM", "clean"))
+        rows = ("{0}", "gain, held-out, tuned"), ("{1}", "SGD, SAM"), ("{2},\ntrue labels", "SGD, SAM", "clean")
+        fig = sheet(noisy, *rows)
         for (first, a), (second, b) in zip(fig.columns, fig.columns[1:]):
             for ax, other in zip(second, first) if a.base == b.base else ():
                 ax.sharey(other)
@@ -465,24 +483,23 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
 
     def interpolation(self):
         """SAM's gain against SGD's accuracy on the labels trained on, in its last epoch: a mark a seed and width."""
-        loads = sorted(self.of("clean", "noisy"), key=lambda load: load.cells[-1].params)
-        fig = sheet([*{load.base: load for load in loads if load.metric == "acc"}.values()], ("{0}",))
-        for (ax,), base in fig.columns:
-            for load in [load for load in loads if load.base == base.base]:
+        loads = sorted(self.of("clean", "noisy"), key=lambda load: (load.noise, load.cells[-1].params))
+        fig = sheet([*{load.base: load for load in loads if load.metric == "acc" and load.noise}.values()], ("",))
+        for (ax,), noisy in fig.columns:
+            for load in [load for load in loads if load.base == noisy.base]:
                 mark = "os^Dvp*"[int(8 * load.noise) % 7]
                 for c in load.cells:
                     sgd, gain = c.values("SGD", "train_acc"), c.values("gain")
                     (line,) = ax.plot([], [], **shade(load, c))
                     ax.plot([sgd[s] for s in gain], [*gain.values()], mark, markersize=4, color=line.get_color())
                 ax.plot([], [], mark, color=GREY, label=f"{100 * load.noise:.4g}% flipped")
-            ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's accuracy (%)", xlim=(-5, 105))
-            title = ax.get_title().split("\nn=")[0].replace(f"{100 * base.noise:.4g}%\xa0flipped", "all\xa0rates")
-            ax.set_title(title, fontsize=7)
+            ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's accuracy (%)", ylabel="gain (points)")
+            ax.title.set_text(ax.get_title().replace(f"{100 * noisy.noise:.4g}%\xa0flipped", "all\xa0rates"))
         return fig
 
     def curves(self):
         """The narrowest network (dashed) and the widest over the epochs: paired gain, each seed in grey; test data,
-        of clean labels from the first drop of the rate on; training loss. Dotted: where the rate drops."""
+        where labels are clean from the first drop of the rate on; training loss. Dotted: where the rate drops."""
         fig = sheet(self.of("clean", "noisy"), ("{0}",), ("{1}",), ("training loss",))
         for axes, load in fig.columns:
             rate, key = load.cells[0].run.history["lr"], f"test_{load.metric}"
@@ -527,6 +544,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         rows = ("loss of SAM",), ("loss of SGD",), *[(name, "SGD, SAM", name) for name in ("rate", "R^2")]
         fig = sheet(self.of("constant"), *rows)
         for axes, load in fig.columns:
+            axes[0].sharey(axes[1])
             for c, i in [(c, i) for c in load.cells for i in (0, 1)]:
                 by_epoch(axes[1 - i], c, i, "train_loss", **shade(load, c))
         return fig

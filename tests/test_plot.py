@@ -204,6 +204,28 @@ def test_the_trend_table_has_both_stopping_rules_and_both_optimizers(tmp_path):
     assert "+10.00 ± 0.00 |" in plot.summary([load])
 
 
+def test_the_gain_is_set_beside_the_one_at_less_noise(tmp_path):
+    gains = {0.1: 0.09, 0.25: 0.01, 0.5: 0.03}  # paired by seed, with the next lower rate
+    runs = [
+        r
+        for noise, gain in gains.items()
+        for seed in range(3)
+        for hidden in ("75-25", "300-100")
+        for r in pair(gain * (1 + seed), noise=noise, seed=seed, hidden=hidden, acc=0.5)
+    ]
+    more = {load.noise: load.trends().get("mean gain - at less noise") for load in read(tmp_path, runs)[0]}
+    assert more == {0.1: None, 0.25: pytest.approx({0: -8, 1: -16, 2: -24}), 0.5: pytest.approx({0: 2, 1: 4, 2: 6})}
+
+
+def test_the_axes_reach_as_far_as_intervals_of_three_seeds():
+    for values, far in (({0: 1, 1: 3, 2: 2}, True), ({0: 1, 1: 3}, False)):
+        ax = plot.Figure().add_subplot()
+        plot.draw(ax, [(1, values), (10, values)], *plot.LOOK["gain"])
+        low, high = ax.get_ylim()
+        mean, half = plot.interval(values)
+        assert low < 1 and high > 3 and far == (low < mean - half and mean + half < high)
+
+
 def test_the_summary_has_curvature_at_every_rho_with_its_interval(tmp_path):
     def sharp(hidden, rho, seed):
         return {"sharpness": {"lambda_max": {None: 20.0, 0.1: 4.0, 0.2: 3.0}[rho] + seed, "s2": 1.0}}
