@@ -17,7 +17,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 SGD, SAM, GREY = "#0072B2", "#D55E00", "#8c8c8c"  # Okabe and Ito: told apart by the colour-blind and in print
@@ -307,13 +306,8 @@ def short(n):  # 61035 as 61k, 1426410 as 1.4M
     return f"{n / 1000**power:.{2 if n / 1000**power < 99.5 else 3}g}" + ("", "k", "M", "G")[power]
 
 
-def bars(ax, points, color):
-    """The interval at each point (x, {seed: value}); the axes reach as far, if it is of more than two seeds."""
-    for whole in (True, False):
-        ends = [(x, *interval(values)) for x, values in points if (len(values) > 2) == whole]
-        lines = LineCollection([[(x, mean - half), (x, mean + half)] for x, mean, half in ends if half > 0])
-        lines.set(color=color, linewidth=1)
-        ax.add_collection(lines, autolim=whole)
+def bars(points):  # x, mean, half the interval, at points (x, {seed: value}); of two seeds it is too long to draw
+    return zip(*[(x, interval(v)[0], interval(v)[1] if len(v) > 2 else math.nan) for x, v in points])
 
 
 def draw(ax, points, label, style, color, *_):
@@ -323,8 +317,7 @@ def draw(ax, points, label, style, color, *_):
     if points:
         ax.plot(*(zip(*thin) if "-" in style else ([], [])), ".-", color=GREY, linewidth=0.5, markersize=2.5, zorder=1)
         look = {"color": color, "markerfacecolor": color if "-" in style else "white", "markersize": 4.5}
-        ax.plot(*zip(*[(x, interval(values)[0]) for x, values in points]), style, label=label, **look)
-        bars(ax, points, color)
+        ax.errorbar(*bars(points), fmt=style, label=label, elinewidth=1, **look)
 
 
 def ticks(ax, names, log=True, **more):
@@ -351,10 +344,8 @@ def by_rho(ax, load, number):
     for c in [c for c in load.cells if c.values("SAM", number)]:
         runs, best = {0: c.sgd} | {at[rho]: c.sam[rho] for rho in c.radii}, at[c.chosen["last"][0]]
         points = [(x, {s: runs[x][s].numbers.get(number, math.nan) for s in c.shared}) for x in runs]
-        y = {x: interval(values)[0] for x, values in points}
-        (line,) = ax.plot([*y], [*y.values()], ".-", linewidth=1, **shade(load, c))
-        bars(ax, points, line.get_color())
-        ax.plot(best, y[best], "o", markerfacecolor="none", color=SAM, markersize=8)
+        ax.errorbar(*bars(points), fmt=".-", linewidth=1, elinewidth=0.7, **shade(load, c))
+        ax.plot(best, interval(dict(points)[best])[0], "o", markerfacecolor="none", color=SAM, markersize=8)
     ticks(ax, {0: "SGD"} | {x: f"{rho:g}" for rho, x in at.items()}, log=False, xlabel="rho")
     return at
 
@@ -401,8 +392,8 @@ def finish(fig, caption, path):
     """Below the axes the legend and the caption."""
     tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
     tests = f", on these {tests}test data" * any(ax.get_ylabel().startswith(("gain", "test")) for ax in fig.axes)
-    bars = f" Bars: 95% intervals (Student's t) over seeds{tests}, pointwise, cut where of two seeds."
-    caption += bars * any(ax.collections for ax in fig.axes)
+    bars = f" Bars: 95% intervals (Student's t) over three seeds or more{tests}, pointwise."
+    caption += bars * any(ax.containers for ax in fig.axes)
     lines = sum((list(ax.lines) for ax in fig.axes), [])
     caption += " Grey: a seed." * any(line.get_color() == GREY for line in lines if len(line.get_xdata()))
     caption += " n: seeds, the gain's slope per tenfold parameters." * any("n=" in ax.get_title() for ax in fig.axes)

@@ -217,13 +217,14 @@ def test_the_gain_is_set_beside_the_one_at_less_noise(tmp_path):
     assert more == {0.1: None, 0.25: pytest.approx({0: -8, 1: -16, 2: -24}), 0.5: pytest.approx({0: 2, 1: 4, 2: 6})}
 
 
-def test_the_axes_reach_as_far_as_intervals_of_three_seeds():
-    for values, far in (({0: 1, 1: 3, 2: 2}, True), ({0: 1, 1: 3}, False)):
+def test_an_interval_is_drawn_where_it_is_of_three_seeds_or_more():
+    for values in ({0: 1, 1: 3, 2: 2}, {0: 1, 1: 3}):
         ax = plot.Figure().add_subplot()
         plot.draw(ax, [(1, values), (10, values)], *plot.LOOK["gain"])
-        low, high = ax.get_ylim()
-        mean, half = plot.interval(values)
-        assert low < 1 and high > 3 and far == (low < mean - half and mean + half < high)
+        (low, high), (mean, half) = ax.get_ylim(), plot.interval(values)
+        segments = [bar for bar in ax.collections[0].get_segments() if len(bar)]
+        assert low < 1 and high > 3 and len(segments) == 2 * (len(values) > 2)
+        assert all(bar[:, 1] == pytest.approx([mean - half, mean + half]) for bar in segments)
 
 
 def test_the_summary_has_curvature_at_every_rho_with_its_interval(tmp_path):
