@@ -388,8 +388,15 @@ def sheet(loads, *rows):
     return fig
 
 
+class Plain(matplotlib.ticker.LogFormatter):  # 0.2, which takes less room than 2 x 10^-1
+    def __call__(self, x, pos=None):
+        return super().__call__(x, pos) and f"{x:g}"
+
+
 def finish(fig, caption, path):
     """Below the axes the legend and the caption."""
+    for ax in [ax for ax in fig.axes if ax.get_yscale() == "log"]:
+        ax.yaxis.set(major_formatter=Plain(), minor_formatter=Plain())
     tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
     tests = f", on these {tests}test data" * any(ax.get_ylabel().startswith(("gain", "test")) for ax in fig.axes)
     bars = f" Bars: 95% intervals (Student's t) over three seeds or more{tests}, pointwise."

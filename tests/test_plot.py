@@ -535,6 +535,13 @@ def test_a_caption_gives_the_number_of_test_data(tmp_path):
     assert "on these 2,500 test data" in fig.texts[0].get_text().replace("\n", " ")
 
 
+def test_a_log_axis_has_plain_numbers(tmp_path):
+    (ax, *_), _ = (fig := plot.Figures([one(tmp_path, pair(schedule="constant", epochs=6))]).convergence()).columns[0]
+    plot.finish(fig, "Caption.", tmp_path / "figure.png")  # of losses from 1 to 1/6
+    names = [label.get_text() for label in ax.get_yticklabels(which="both") if label.get_text()]
+    assert ax.get_yscale() == "log" and len(names) > 2 and all(name == f"{float(name):g}" for name in names)
+
+
 def test_pruner_and_sparsity_zero_are_dense(tmp_path):
     loads, left = read(tmp_path, [*pair(hidden="75-25"), *pair(script="sparsity", sparsity=0.0, pruner="snip")])
     assert len(loads) == 1 and len(loads[0].cells) == 2 and not left
