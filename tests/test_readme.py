@@ -307,7 +307,7 @@ def test_the_recipe_of_an_optimizer(clone):
     assert before in [path.read_bytes() for path in (clone / "results" / "mlp_width").glob("*.json")]
     call(clone, sys.executable, "plot.py")
     text = (clone / "figures" / "summary.md").read_text()
-    assert "## MNIST, MLP, epochs 1" in text and "## MNIST, MLP, optimizer adamw" in text
+    assert "## MNIST, MLP, 1 epochs" in text and "## MNIST, MLP, optimizer adamw" in text
 
 
 def test_the_recipe_of_a_model(clone):
