@@ -13,6 +13,7 @@ import math
 import os
 import textwrap
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -261,14 +262,19 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         return text + " unresolved" * bool(abs(mean) <= half) if values else ""
 
 
+def read(path):
+    try:
+        return path, Run(path)
+    except Exception as error:  # a foreign file may be anything
+        return path, f"not a result file ({type(error).__name__}: {error})"
+
+
 def workloads(folder):
     """The workloads of the result files below the folder, and {path: why} of those that are in none."""
     found, sgd, sam, cells, loads, left = (defaultdict(kind) for kind in (list, dict, dict, list, dict, str))
-    for path in sorted(Path(folder).glob("*/*.json")):
-        try:
-            found[(run := Run(path)).key].append(run)
-        except Exception as error:  # a foreign file may be anything
-            left[path] = f"not a result file ({type(error).__name__}: {error})"
+    with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:
+        for path, run in pool.map(read, sorted(Path(folder).glob("*/*.json")), chunksize=50):
+            found[run.key].append(run) if isinstance(run, Run) else left.update({path: run})
     for (settings, _, rho, seed), twins in found.items():
         if len({(run.status, *run.history.get("test_loss", ())) for run in twins}) > 1:
             left |= {run.path: "another result of the same run differs" for run in twins}
