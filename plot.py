@@ -214,11 +214,13 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
     def tuned(self, cell):
         """[(SGD's run, SAM's)]: each of the number of epochs, and SAM's of the rho, best at the held-out epoch; by the
         seeds that all of them share, or else none."""
+        if len(cell.lengths) < 2 or "held-out" not in cell.run.score:
+            return []
         alike = [c for n in cell.lengths if (load := self.find(epochs=n)) for c in load.cells if c.same == cell.same]
         every = [*cell.lengths.values()], [runs for c in alike for runs in c.sam.values()]
         mine = {*cell.shared}
         seeds = sorted(mine.intersection(*(runs for tried in every for runs in tried if runs.keys() & mine)), key=str)
-        if len(cell.lengths) < 2 or not seeds or "held-out" not in cell.run.score:
+        if not seeds:
             return []
         whole = [[[runs[seed] for seed in seeds] for runs in tried if runs.keys() >= {*seeds}] for tried in every]
         return [*zip(*(max(tried, key=lambda runs: np.mean([r.score["held-out"] for r in runs])) for tried in whole))]
@@ -245,11 +247,11 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         if self.deep or self.settings["pruner"] or stop not in self.cells[0].run.score:
             return {}
         whats = ["gain", "SGD", "SAM", "one rho"] + ["tuned"] * (stop == "held-out")
-        found = {what: trend(self.points(what, stop))[0] for what in whats}
-        found["widest - narrowest"] = trend(self.points("gain", stop))[1]
+        fitted = {what: trend(self.points(what, stop)) for what in whats}
+        found = {what: slopes for what, (slopes, *_) in fitted.items()} | {"widest - narrowest": fitted["gain"][1]}
         less = [load for load in self.others.values() if load.base == self.base and load.noise < self.noise]
         for what in whats[::4]:
-            found[f"mean {what}"] = mean = trend(self.points(what, stop))[2]
+            found[f"mean {what}"] = mean = fitted[what][2]
             for load in sorted(less, key=lambda load: load.noise)[-1:]:
                 found[f"mean {what} - at less noise"] = minus(mean, trend(load.points(what, stop))[2])
         for rho in sorted({rho for c in self.cells for rho in c.radii}):
@@ -272,7 +274,7 @@ def read(path):
 def workloads(folder):
     """The workloads of the result files below the folder, and {path: why} of those that are in none."""
     found, sgd, sam, cells, loads, left = (defaultdict(kind) for kind in (list, dict, dict, list, dict, str))
-    with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:
+    with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:  # most of the time goes into reading
         for path, run in pool.map(read, sorted(Path(folder).glob("*/*.json")), chunksize=50):
             found[run.key].append(run) if isinstance(run, Run) else left.update({path: run})
     for (settings, _, rho, seed), twins in found.items():
@@ -313,7 +315,8 @@ def short(n):  # 61035 as 61k, 1426410 as 1.4M
 
 
 def bars(points):  # x, mean, half the interval, at points (x, {seed: value}); of two seeds it is too long to draw
-    return zip(*[(x, interval(v)[0], interval(v)[1] if len(v) > 2 else math.nan) for x, v in points])
+    found = [(x, *interval(values), len(values)) for x, values in points]
+    return zip(*[(x, mean, half if n > 2 else math.nan) for x, mean, half, n in found])
 
 
 def draw(ax, points, label, style, color, *_):
@@ -385,7 +388,8 @@ def sheet(loads, *rows):
             if row[0].startswith("{0}"):
                 ax.axhline(0, color="black", linewidth=0.7, zorder=0)
                 gain = load.trends(number if number in STOPS else "last").get("gain")
-                ax.set_title(f"{ax.get_title()}\nn={len(gain)}: {load.say(gain)}".strip() if gain else ax.get_title())
+                if gain:
+                    ax.set_title(f"{ax.get_title()}\nn={len(gain)}: {load.say(gain)}".strip())
             ax.title.set_fontsize(7 if across > 2 else 8)
             used = sum(series.values(), load.points("SGD") + load.points("dense"))
             at = {x: x if load.deep else short(x) for x, _ in used}

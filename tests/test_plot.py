@@ -368,8 +368,10 @@ def test_a_long_title_is_all_in_sight(tmp_path, figure, epochs, end):
     boxes = [title.get_window_extent(renderer) for title in titles]
     assert len(titles) == 3 and all(end in title.get_text() for title in titles)
     assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:]))
-    inches = [math.ceil(150 * size) for size in fig.get_tightbbox(renderer).size]  # of all that is drawn
-    assert all(a >= b for a, b in zip(Image.open(tmp_path / "figure.png").size, inches))
+    sight = fig.get_tightbbox(renderer)  # in inches: what the picture shows
+    assert all(math.ceil(150 * b) <= a for a, b in zip(Image.open(tmp_path / "figure.png").size, sight.size))
+    left, right, top = (fig.dpi * edge for edge in (sight.x0, sight.x1, sight.y1))
+    assert all(left <= box.x0 and box.x1 <= right and box.y1 <= top for box in boxes)
 
 
 def test_what_has_no_weight_decay_is_not_set_beside_itself(tmp_path):
