@@ -242,8 +242,8 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         return minus(cell.values("gain"), alike[0].values("gain")) if alike else {}
 
     def trends(self, stop="last"):
-        """By seed: slopes per tenfold parameters, the gain's at each rho too, its widest - narrowest, its mean and what
-        that is above the one at the next lower noise rate; or {}."""
+        """By seed: slopes per tenfold parameters; of the gain also widest - narrowest, its mean, and what that is above
+        the one at the next lower noise rate; or {}."""
         if self.deep or self.settings["pruner"] or stop not in self.cells[0].run.score:
             return {}
         whats = ["gain", "SGD", "SAM", "one rho"] + ["tuned"] * (stop == "held-out")
@@ -254,8 +254,6 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
             found[f"mean {what}"] = mean = fitted[what][2]
             for load in sorted(less, key=lambda load: load.noise)[-1:]:
                 found[f"mean {what} - at less noise"] = minus(mean, trend(load.points(what, stop))[2])
-        for rho in sorted({rho for c in self.cells for rho in c.radii}):
-            found[f"gain at rho {rho:g}"] = trend([(c.params, c.values("gain", stop, rho)) for c in self.cells])[0]
         return found if found["gain"] else {}
 
     def say(self, values):  # mean and interval of a gain, and where it includes zero, that it does
@@ -398,15 +396,8 @@ def sheet(loads, *rows):
     return fig
 
 
-class Plain(matplotlib.ticker.LogFormatter):  # 0.2, which takes less room than 2 x 10^-1
-    def __call__(self, x, pos=None):
-        return super().__call__(x, pos) and f"{x:g}"
-
-
 def finish(fig, caption, path):
     """Below the axes the legend and the caption."""
-    for ax in [ax for ax in fig.axes if ax.get_yscale() == "log"]:
-        ax.yaxis.set(major_formatter=Plain(), minor_formatter=Plain())
     tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
     tests = f", on these {tests}test data" * any(ax.get_ylabel().startswith(("gain", "test")) for ax in fig.axes)
     bars = f" Bars: 95% intervals (Student's t) over three seeds or more{tests}, pointwise."
@@ -491,18 +482,12 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
 
     def interpolation(self):
         """SAM's gain against SGD's accuracy on the labels trained on, in its last epoch: a mark a seed and width."""
-        loads = sorted(self.of("clean", "noisy"), key=lambda load: (load.noise, load.cells[-1].params))
-        fig = sheet([*{load.base: load for load in loads if load.metric == "acc" and load.noise}.values()], ("",))
-        for (ax,), noisy in fig.columns:
-            for load in [load for load in loads if load.base == noisy.base]:
-                mark = "os^Dvp*"[int(8 * load.noise) % 7]
-                for c in load.cells:
-                    sgd, gain = c.values("SGD", "train_acc"), c.values("gain")
-                    (line,) = ax.plot([], [], **shade(load, c))
-                    ax.plot([sgd[s] for s in gain], [*gain.values()], mark, markersize=4, color=line.get_color())
-                ax.plot([], [], mark, color=GREY, label=f"{100 * load.noise:.4g}% flipped")
+        fig = sheet([load for load in self.of("noisy") if load.metric == "acc"], ("",))
+        for (ax,), load in fig.columns:
+            for c in load.cells:
+                sgd, gain = c.values("SGD", "train_acc"), c.values("gain")
+                ax.plot([sgd[seed] for seed in gain], [*gain.values()], ".", clip_on=False, **shade(load, c))
             ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's accuracy (%)", ylabel="gain (points)")
-            ax.title.set_text(ax.get_title().replace(f"{100 * noisy.noise:.4g}%\xa0flipped", "all\xa0rates"))
         return fig
 
     def curves(self):
@@ -529,21 +514,19 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
     def functions(self):
         """One hidden layer on 12 points (black; scaled: smaller output weights). Functions of SGD (blue), SAM (orange)
         at up to four widths, as far as |f| < 5, a line a seed; total variation of the slope, sum of |f''|; loss."""
-        rows = *[("",)] * 4, ("sum of |f''|", "SGD, SAM", "bend of y"), ("training loss", "SGD, SAM", "train_loss")
-        fig = sheet([load for load in self.of("curve") if load.cells[0].run.function], *rows)
-        fig.set_size_inches(6.7, height := 4.1 * len(fig.columns) or 1)
-        for i, ((*axes, bend, loss), load) in enumerate(fig.columns, start=1):
-            shown = [load.cells[i] for i in sorted({*np.linspace(0, len(load.cells) - 1, 4).round().astype(int)})]
-            for j, (ax, c) in enumerate(zip(axes, shown + [None] * 3)):
-                for run in [run for run in sum(c.pairs(), ()) if "y" in run.function] if c else ():
+        loads = [load for load in self.of("curve") if load.cells[0].run.function]
+        rows = [("",)] * min(4, max((len(load.cells) for load in loads), default=0))
+        rows += ("sum of |f''|", "SGD, SAM", "bend of y"), ("training loss", "SGD, SAM", "train_loss")
+        fig = sheet(loads, *rows)
+        for (*axes, bend, _), load in fig.columns:
+            shown = sorted({*np.linspace(0, len(load.cells) - 1, len(axes)).round().astype(int)})
+            for ax, c in zip(axes, [load.cells[i] for i in shown]):
+                for run in [run for run in sum(c.pairs(), ()) if "y" in run.function]:
                     y = np.where(abs(run.function["y"]) < 5, run.function["y"], math.nan)
                     ax.plot(run.function["x"], y, color=SGD if run.rho is None else SAM, linewidth=0.7)
                 ax.plot(*CURVE, ".", color="black", markersize=4)
-                ax.set(xscale="linear", xlabel=f"x; width {c and c.width}", yticks=range(-4, 5, 2), visible=bool(c))
-                ax.set_position((j / 4, 1 - (4.1 * i - 2.4) / height, 0.18, 1.3 / height))
+                ax.set(xscale="linear", xlabel="x", ylabel=f"width {c.width}", yticks=range(-4, 5, 2))
             draw(bend, load.points("SGD", "bend of y_initial"), "at initialization", "^:", "black")
-            for ax, x in ((bend, 0.04), (loss, 0.56)):
-                ax.set_position((x, 1 - (4.1 * i - 0.45) / height, 0.36, 1.15 / height))
         return fig
 
     def convergence(self):
@@ -645,6 +628,7 @@ def main():
     args = parser.parse_args()
     matplotlib.rcParams |= {"font.size": 8, "grid.alpha": 0.25, "legend.frameon": False, "axes.grid": True}
     matplotlib.rcParams |= {"axes.formatter.useoffset": False, "axes.ymargin": 0.25}
+    matplotlib.rcParams |= {"axes.formatter.min_exponent": 4}  # on log axes: 0.2, which is shorter than 2 x 10^-1
     loads, left = workloads(args.results)
     if not loads:
         parser.error(f"--results {args.results}: no run of SAM has one of SGD at the same seed; run a script first")
