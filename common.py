@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import signal
@@ -106,7 +105,7 @@ def frozen_bn_stats(model):
 
 
 def lecun_normal_(model):
-    """Kernels ~ normal, truncated at two deviations and rescaled to variance 1 / fan_in; biases 0; BN at 1 and 0."""
+    """Kernels ~ normal, truncated at two deviations and rescaled to variance 1 / fan_in; biases 0."""
     for m in model.modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
             std = m.weight[0].numel() ** -0.5 / 0.87962566103423978  # the deviation that truncation leaves of 1
@@ -144,8 +143,7 @@ def ResNet18(filters=64, channels=3, classes=10):
     widths = [filters, filters, 2 * filters, 4 * filters, 8 * filters]
     for inputs, outputs in zip(widths, widths[1:]):
         layers += [BasicBlock(inputs, outputs, 1 if inputs == outputs else 2), BasicBlock(outputs, outputs, 1)]
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * filters, classes)]
-    return lecun_normal_(nn.Sequential(*layers))
+    return lecun_normal_(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * filters, classes)))
 
 
 class Split(namedtuple("Split", "inputs targets")):
@@ -233,23 +231,23 @@ def read_folder(root):
     return (images[: len(train)], labels), (images[len(train) :], test_labels)
 
 
-def split_sizes(config, images):
+def split_sizes(config, images, tests):
     """(How many of the first training images are trained on, from which one on they are held out)."""
     rest = images - config.val_size
     size = config.train_size or rest
     if not max(1, config.sharpness) <= size <= rest:
         got = f"--sharpness {config.sharpness}, --train-size {config.train_size or 'all'}, --val-size {config.val_size}"
         exit_with_error(f"{got}: too many for {images} training images, or the first larger than the second")
-    shared = config.batch_size, size % config.batch_size or config.batch_size, config.val_size or config.processes
-    if min(shared) < config.processes:
-        exit_with_error(f"--batch-size {config.batch_size}, --val-size {config.val_size}: leave a process no image")
+    fewest = min(config.batch_size, size % config.batch_size or config.batch_size, config.val_size or tests, tests)
+    if fewest < config.processes:
+        exit_with_error(f"--batch-size, --val-size or {tests} test images: too few for {config.processes} processes")
     return size, rest
 
 
 def load_data(config):
     """The run's Data on its device: the last val_size training images held out, the first train_size of the rest."""
     (inputs, targets), test = DATASETS.get(config.dataset, lambda config: read_folder(config.dataset))(config)
-    size, rest = split_sizes(config, len(targets))
+    size, rest = split_sizes(config, len(targets), len(test[1]))
     if targets.is_floating_point() and config.loss != "mse":
         exit_with_error(f"--loss {config.loss}: the targets of {config.dataset} are numbers, which need --loss mse")
 
@@ -503,8 +501,8 @@ def measure_sharpness(recorder, loss_fn, split, targets, masks=None):
     vars(model).pop("forward", None)  # without --amp
     model._compiled_call_impl = None  # and --compile: second derivatives fail under it, or are wrong
     first = torch.arange(config.sharpness, device=targets.device)
-    (inputs,) = split.select([first])
-    return sharpness(model, loss_fn, normalize(inputs), targets[first], masks)
+    found = sharpness(model, loss_fn, normalize(*split.select([first])), targets[first], masks)
+    return {key: n if math.isfinite(n) else None for key, n in found.items()}  # JSON has no infinity
 
 
 def processes():
@@ -691,7 +689,9 @@ def read_own(path, config):
         return None
     except OSError as error:  # the disk's, not the file's
         exit_with_error(f"--results: {path} can't be read ({error.strerror}); it is left as it is")
-    except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file may raise anything
+        if isinstance(error, MemoryError) or "allocate" in str(error):
+            raise
         reason = f"{type(error).__name__} {error}".splitlines()[0]
     if reason:
         set_aside(path, reason)
@@ -842,9 +842,9 @@ def main(parser, train, settings_of):
         try:
             train(config)
         except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
+            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "alloc" not in str(error).lower():
                 raise
-            exit_with_error(f"{config.name}: needs more memory; try a smaller --batch-size", everywhere=False)
+            exit_with_error(f"{config.name}: needs more memory; try a smaller batch or network", everywhere=False)
         gc.collect()  # models under --amp and --compile hold themselves
     if torchrun:
         dist.destroy_process_group()

@@ -127,7 +127,7 @@ def load_images(config):
     if not os.path.isdir(config.dataset):
         exit_with_error(f"--image-size {config.image_size}: needs a folder of images, which {config.dataset} is not")
     (paths, labels), test, classes = scan_folder(config.dataset)
-    size, rest = split_sizes(config, len(paths))
+    size, rest = split_sizes(config, len(paths), len(test[1]))
     how = {"pin_memory": "cuda" in config.device, "worker_init_fn": ignore_interrupts, "num_workers": config.workers}
     loader = DataLoader(Decoder(config.image_size), None, sampler=[], persistent_workers=config.workers > 0, **how)
     parts = (paths[:size], labels[:size]), (paths[rest:], labels[rest:]), test

@@ -288,6 +288,8 @@ sweep() { # sweep full|quick|overnight ABOUT: sets up, runs the commands, JOBS a
 if [ "${1-}" = job ]; then job "${@:2}"; exit; fi
 [[ ! $FLAGS =~ --(results|data-dir|dataset) ]] ||
     refuse "no ${BASH_REMATCH[0]} in FLAGS: the variables RESULTS, FIGURES, DATA_DIR and CIFAR10 name the folders"
+[[ ! $FLAGS =~ --(seed|sam|rho|perturb|hidden|filters|noise|sparsity|pruner|epochs|sharpness) ]] ||
+    refuse "no ${BASH_REMATCH[0]} in FLAGS: it would take the place of run.sh's own; change the lists instead"
 [[ ! $RESULTS$FIGURES$DATA_DIR$CIFAR10$IMAGENET =~ [[:space:]\'\"\\] ]] ||
     refuse "no folder's name may have a space, a quote or a backslash"
 FLAGS=${FLAGS:+ $(echo $FLAGS)} # a blank at the end would make xargs join two lines

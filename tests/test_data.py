@@ -92,11 +92,20 @@ def test_every_process_has_an_image_of_every_batch(tmp_path, capsys, size, train
     (config,) = runs(mlp_width, tmp_path, "--batch-size", size, "--val-size", val_size)
     config.train_size, config.processes = train_size, processes
     if fits:
-        assert common.split_sizes(config, 4000) == (train_size or 4000 - val_size, 4000 - val_size)
+        assert common.split_sizes(config, 4000, 1000) == (train_size or 4000 - val_size, 4000 - val_size)
     else:
         with pytest.raises(SystemExit) as exit:
-            common.split_sizes(config, 4000)
+            common.split_sizes(config, 4000, 1000)
         assert exit.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_every_process_has_a_test_image(tmp_path, capsys):
+    (config,) = runs(mlp_width, tmp_path)
+    config.processes = 3
+    assert common.split_sizes(config, 4000, 3) == (4000, 4000)
+    with pytest.raises(SystemExit) as exit:  # of 2, one process would have none: its scores would not be numbers
+        common.split_sizes(config, 4000, 2)
+    assert exit.value.code == 2 and "2 test images" in capsys.readouterr().err
 
 
 def test_small_images_are_centred_in_zeros_for_a_resnet(tmp_path):

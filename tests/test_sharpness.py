@@ -189,6 +189,15 @@ def test_a_result_has_all_numbers_and_a_name_of_its_own_and_training_is_the_same
     assert timeless(measured) == timeless(plain)
 
 
+def test_a_curvature_beyond_float32_is_null_and_the_run_is_kept(tmp_path):
+    more = "--loss mse --schedule constant --lr 1e8 --momentum 0 --weight-decay 0 --train-size 128 --sharpness 20"
+    call_main(mlp_width, tmp_path, "--hidden", 8, "--epochs", 1, *more.split())
+    (path,) = tmp_path.rglob("*.json")
+    result = strict(path)
+    assert result["status"] == "done" and result["sharpness"]["images"] == 20
+    assert None in result["sharpness"].values()
+
+
 def test_a_run_that_ends_while_it_is_measured_keeps_its_training(monkeypatch, tmp_path):
     (config,) = runs(mlp_width, tmp_path, "--hidden", 6, *ARGV.split(), "--sharpness", 10)
 

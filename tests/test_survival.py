@@ -360,6 +360,8 @@ def test_every_torn_checkpoint_is_set_aside_and_none_is_used(tmp_path, capsys):
     torn = [whole[: rng.randrange(n)] for _ in range(8)] + [b"", whole[:-1], b"not a checkpoint"]
     for start in [0, *(rng.randrange(n) for _ in range(8)), n - 600]:  # blocks that never reached the disk
         torn.append(whole[:start] + bytes(min(512, n - start)) + whole[start + 512 :])
+    directory = whole.rindex(b"PK\1\2")  # of the zip file: its last entry's flags, then how it is compressed
+    torn += [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in (directory + 8, directory + 10)]
     for data in torn:
         path.write_bytes(data)
         if data == whole:
