@@ -13,7 +13,6 @@ import math
 import os
 import textwrap
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -34,9 +33,11 @@ LOOK["last"] = "the last layer alone perturbed", "v:", "#009E73", "gain", {"pert
 LOOK["dense"] = "SAM - SGD, dense", "D:", "black", "gain", {"pruner": None}
 MNIST = {"model": "MLP", "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 MNIST |= {"noise": 0, "warmup": 0, "perturb": "all", "loss": "ce", "schedule": "step", "train_size": None}
-CIFAR = MNIST | {"model": "ResNet-18", "epochs": 200, "weight_decay": 5e-4}
-IMAGENET = MNIST | {"model": "ResNet-50", "epochs": 90, "batch_size": 512, "schedule": "cosine", "warmup": 5000}
-TEACHER = MNIST | {"lr": 0.01, "momentum": 0, "weight_decay": 0, "loss": "mse"}  # the paper's lr, 0.1, diverges here
+MNIST |= {"shape": [0, -5], "adaptive": False, "pruner": None}
+CIFAR = MNIST | {"model": "ResNet-18", "shape": [], "epochs": 200, "weight_decay": 5e-4}
+IMAGENET = CIFAR | {"model": "ResNet-50", "epochs": 90, "batch_size": 512, "weight_decay": 1e-4}
+IMAGENET |= {"schedule": "cosine", "warmup": 5000}
+TEACHER = MNIST | {"shape": [0], "lr": 0.01, "momentum": 0, "weight_decay": 0, "loss": "mse"}  # lr 0.1 diverges here
 PAPER = {  # settings; parameters and gains, in points (teacher: test loss), read off the paper's figures to about 0.01
     "mnist": (MNIST, "61035 .07 125810 .06 266610 .18 1426410 .19 5366010 .19"),
     "cifar10": (CIFAR, "44622 .36 176402 .66 701466 .44 2797610 .85 11173962 .96 44662922 1.23 178585866 1.01"),
@@ -48,7 +49,6 @@ NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPE
 WORDS = {"acc": ("gain (points)", "test accuracy (%)", "training accuracy (%)", "acc")}  # by metric
 WORDS |= {"loss": ("gain in test loss", "test loss", "training loss", "loss")}
 STOPS = {"last": "last epoch", "held-out": "best held-out epoch", "paper": "best test epoch (the paper's)"}
-KEYS = "lr train_loss train_acc test_loss test_acc val_loss val_acc train_clean_acc last_layer_share".split()
 DEFAULTS = dict.fromkeys(("hidden", "filters", "image_size", "train_size", "pruner"))  # of flags that a file may lack
 DEFAULTS |= dict.fromkeys(("noise", "sparsity", "epochs", "val_size", "warmup", "weight_decay"), 0)
 DEFAULTS |= dict.fromkeys(("adaptive", "amp", "compile", "fp32"), False) | {"depth": 18, "loss": "ce", "processes": 1}
@@ -86,11 +86,10 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
     def __init__(self, path):
         self.path, result = path, json.loads(path.read_bytes())
         config, rows, self.status = DEFAULTS | result["config"], result["history"], result["status"]
-        if len(rows) != {"done": config["epochs"] or max(len(rows), 1), "diverged": len(rows)}[self.status]:
+        config["epochs"] = config["epochs"] or max(len(rows), 1)  # a script of one's own may lack the flag
+        if len(rows) != {"done": config["epochs"], "diverged": len(rows)}[self.status]:
             raise ValueError(f"{self.status}, but its history has {len(rows)} epochs")
-        if rows and config["val_size"] and "val_loss" not in rows[0]:
-            raise ValueError("held-out data, but no score of them")
-        keys = [key for key in KEYS if rows and key in rows[0]]
+        keys = [key for key in (rows or [{}])[0] if key not in ("epoch", "seconds")]
         arrays = np.array([[row[key] for key in keys] for row in rows], float).T
         self.history = {key: values * (100 if key.endswith("acc") else 1) for key, values in zip(keys, arrays)}
         self.seed, self.rho = config["seed"], float(config["rho"]) if config["sam"] else None
@@ -98,14 +97,13 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         self.nonzero, self.tests = int(result.get("num_nonzero") or self.params), result.get("num_test", 0)
         self.layers = [int(h) for h in str(config["hidden"] or "").split("-") if h]
         self.width = str(config["hidden"] or filters or short(self.params))
-        # layers in proportion, such as 75-25 and 3000-1000, are one shape at two widths; equal layers are no width
+        # layers in proportion, such as 75-25 and 3000-1000, are one shape at two widths
         shape = [round(3 * math.log2(h / self.layers[0])) for h in self.layers]
         usual = {"milestones": config.get("milestones")} | result.get("defaults", {})  # which older files lack
         silent = VARIED | {k for k, v in usual.items() if v == config.get(k) and k not in KNOWN}
         settings = {k: float(v) if type(v) is int else v for k, v in config.items() if k not in silent}
         settings["model"] = "MLP" if self.layers else f"ResNet-{config['depth']}" if filters else config["script"]
-        settings["shape"] = f"layers of {self.layers[0]}" if len(shape) > 1 and not any(shape) else shape
-        settings["script"] = None if config["script"] in SCRIPTS else config["script"]
+        settings["shape"], settings["script"] = shape, None if config["script"] in SCRIPTS else config["script"]
         settings["pruner"] = config["pruner"] if sparsity else None
         # a script with neither --hidden nor --filters sets its width by a number of its own
         own = [k for k, v in settings.items() if type(v) is float and not (shape or filters or k in KNOWN)]
@@ -121,7 +119,8 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         if not all(np.isfinite(values).all() for values in history.values()):
             raise ValueError("done, but not all of its history is finite")
         self.metric, self.sign = ("acc", 1) if "test_acc" in history else ("loss", -1)
-        test, held = (self.sign * history.get(f"{name}_{self.metric}", np.empty(0)) for name in ("test", "val"))
+        test = self.sign * history[f"test_{self.metric}"]
+        held = self.sign * history[f"val_{self.metric}"] if config["val_size"] else np.empty(0)
         ends = {"last": -1, "paper": test.argmax()} | ({"held-out": held.argmax()} if len(held) else {})
         self.score = {s: float((held if len(held) and s != "paper" else test)[end]) for s, end in ends.items()}
         numbers |= {key: float(values[-1]) for key, values in history.items()}
@@ -138,7 +137,7 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
 
 class Cell:  # One network: SGD's runs by number of epochs and seed, one kind of SAM's by rho and seed
     def __init__(self, epochs, lengths, sam):
-        sgd, self.twice, self.tried = lengths[epochs], lengths.get(2 * epochs or -1, {}), sorted(sam)
+        sgd, self.twice, self.tried = lengths[epochs], lengths.get(2 * epochs, {}), sorted(sam)
         self.run = next(iter(sgd.values()))
         self.width, self.params, self.nonzero = self.same = self.run.width, self.run.params, self.run.nonzero
         self.sgd = {seed: run for seed, run in sgd.items() if any(seed in runs for runs in sam.values())}
@@ -195,8 +194,7 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         parts += [self.shape if self.deep else "", f"{100 * self.noise:.4g}% flipped" * (self.noise > 0)]
         self.title = ", ".join(filter(None, [*parts, LOOK.get(settings["perturb"], [""])[0]]))
         paper, gains = PAPER.get(name.lower().replace("-jpeg", ""), (MNIST, ""))
-        self.usual, paper = DEFAULTS | paper, paper | {"adaptive": False, "pruner": None}
-        own = paper.items() <= settings.items() and self.shape in ([], [0], [0, -5])
+        self.usual, own = DEFAULTS | paper, all(settings[key] == value for key, value in paper.items())
         self.paper = [(x, {0: y}) for x, y in np.array(gains.split(), float).reshape(-1, 2)] if own else []
 
     def find(self, **changes):  # the workload that differs in these settings alone
@@ -239,7 +237,8 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
     def contrast(self, cell):  # the gain of a pruned network minus that of a dense one with as many weights left
         dense = self.find(pruner=None) if self.settings["pruner"] else None
         alike = [d for d in dense.cells if 0.95 < cell.nonzero / d.params < 1.05] if dense else []
-        return minus(cell.values("gain"), alike[0].values("gain")) if alike else {}
+        nearest = min(alike, key=lambda d: abs(d.params - cell.nonzero), default=None)
+        return minus(cell.values("gain"), nearest.values("gain")) if nearest else {}
 
     def trends(self, stop="last"):
         """By seed: slopes per tenfold parameters; of the gain also widest - narrowest, its mean, and what that is above
@@ -247,13 +246,15 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         if self.deep or self.settings["pruner"] or stop not in self.cells[0].run.score:
             return {}
         whats = ["gain", "SGD", "SAM", "one rho"] + ["tuned"] * (stop == "held-out")
-        fitted = {what: trend(self.points(what, stop)) for what in whats}
+        points = {what: self.points(what, stop) for what in whats}
+        fitted = {what: trend(points[what]) for what in whats}
         found = {what: slopes for what, (slopes, *_) in fitted.items()} | {"widest - narrowest": fitted["gain"][1]}
         less = [load for load in self.others.values() if load.base == self.base and load.noise < self.noise]
         for what in whats[::4]:
-            found[f"mean {what}"] = mean = fitted[what][2]
-            for load in sorted(less, key=lambda load: load.noise)[-1:]:
-                found[f"mean {what} - at less noise"] = minus(mean, trend(load.points(what, stop))[2])
+            found[f"mean {what}"] = fitted[what][2]
+            for theirs in [dict(load.points(what, stop)) for load in sorted(less, key=lambda load: load.noise)[-1:]]:
+                both = [(x, minus(values, theirs[x])) for x, values in points[what] if x in theirs]
+                found[f"mean {what} - at less noise"] = trend(both)[2]
         return found if found["gain"] else {}
 
     def say(self, values):  # mean and interval of a gain, and where it includes zero, that it does
@@ -262,19 +263,15 @@ class Workload:  # Cells that differ in width (sparsity, depth) alone; others: a
         return text + " unresolved" * bool(abs(mean) <= half) if values else ""
 
 
-def read(path):
-    try:
-        return path, Run(path)
-    except Exception as error:  # a foreign file may be anything
-        return path, f"not a result file ({type(error).__name__}: {error})"
-
-
 def workloads(folder):
     """The workloads of the result files below the folder, and {path: why} of those that are in none."""
-    found, sgd, sam, cells, loads, left = (defaultdict(kind) for kind in (list, dict, dict, list, dict, str))
-    with ProcessPoolExecutor(min(8, os.cpu_count())) as pool:  # most of the time goes into reading
-        for path, run in pool.map(read, sorted(Path(folder).glob("*/*.json")), chunksize=50):
-            found[run.key].append(run) if isinstance(run, Run) else left.update({path: run})
+    found, sgd, sam, cells, depths, loads, left = map(defaultdict, (list, dict, dict, list, list, dict, str))
+    for path in sorted(Path(folder).glob("*/*.json")):
+        try:
+            run = Run(path)
+            found[run.key].append(run)
+        except Exception as error:  # a foreign file may be anything
+            left[path] = f"not a result file ({type(error).__name__}: {error})"
     for (settings, _, rho, seed), twins in found.items():
         if len({(run.status, *run.history.get("test_loss", ())) for run in twins}) > 1:
             left |= {run.path: "another result of the same run differs" for run in twins}
@@ -287,12 +284,16 @@ def workloads(folder):
     for (settings, base, epochs), radii in sam.items():
         if epochs in sgd[base] and (made := Cell(epochs, sgd[base], radii)).radii:
             cells[settings].append(made)
+    for key, cell in [(key, c) for key, made in cells.items() for c in made if len({*c.run.layers}) == 1]:
+        depths[freeze(json.loads(key) | {"shape": f"layers of {cell.run.layers[0]}"})].append(cell)
+    depths = {key: made for key, made in depths.items() if len(made) > 1}  # a width and a depth; then the latter alone
+    deep = {id(cell) for made in depths.values() for cell in made}
+    cells = {key: made for key, made in cells.items() if len(made) > 1 or id(made[0]) not in deep} | depths
     loads |= {key: Workload(json.loads(key), made, loads) for key, made in cells.items()}
-    for load, one in [(load, one) for load in loads.values() if load.deep and (one := load.find(shape=[0]))]:
-        load.cells = [c for c in one.cells if load.shape == f"layers of {c.width}"] + load.cells  # a depth, too
-        loads = {key: other for key, other in loads.items() if other is not one or one.cells != load.cells[:1]}
-    parts = [(*c.lengths.values(), *c.sam.values()) for c in sum(cells.values(), [])]
-    used = {run.key for part in parts for runs in part for run in runs.values()}
+    used = set()
+    for c in sum(cells.values(), []):  # other numbers of epochs: for tuning, which takes held-out data
+        parts = *(c.lengths.values() if "held-out" in c.run.score else (c.sgd, c.twice)), *c.sam.values()
+        used |= {run.key for runs in parts for run in runs.values()}
     for run in [twins[0] for key, twins in found.items() if key not in used]:
         why = "SAM diverged at this rho, or no run of SGD" if run.rho is not None else "no run of SAM"
         left.setdefault(run.path, "diverged" if run.status == "diverged" else f"{why} beside it")
@@ -320,9 +321,10 @@ def bars(points):  # x, mean, half the interval, at points (x, {seed: value}); o
 def draw(ax, points, label, style, color, *_):
     """A series: mean and interval at each point (x, {seed: value}); thin and grey, if it is solid, a line a seed."""
     points = [(x, values) for x, values in points if values]
-    thin = [(x, v.get(s, math.nan)) for s in {s for _, v in points for s in v} for x, v in [*points, (math.nan, {})]]
+    for seed in {s for _, values in points for s in values} if "-" in style else ():
+        own = zip(*[(x, values.get(seed, math.nan)) for x, values in points])
+        ax.plot(*own, ".-", color=GREY, linewidth=0.5, markersize=2.5, zorder=1, label="a seed")
     if points:
-        ax.plot(*(zip(*thin) if "-" in style else ([], [])), ".-", color=GREY, linewidth=0.5, markersize=2.5, zorder=1)
         look = {"color": color, "markerfacecolor": color if "-" in style else "white", "markersize": 4.5}
         ax.errorbar(*bars(points), fmt=style, label=label, elinewidth=1, **look)
 
@@ -330,8 +332,9 @@ def draw(ax, points, label, style, color, *_):
 def ticks(ax, names, log=True, **more):
     """Ticks {x: name} at what was used, named as far as there is room."""
     place, named = math.log if log else float, []
+    room = 0.35 * ax.figure.dpi / ax.bbox.width * (place(max(names)) - place(min(names)))  # 0.35 inches
     for x in sorted(names, key=lambda x: x not in (min(names), max(names))):
-        if all(abs(place(x) - place(other)) > 0.25 * (place(max(names)) - place(min(names))) for other in named):
+        if all(abs(place(x) - place(other)) > room for other in named):
             named.append(x)
     ax.set(xscale="log" if log else "linear", **more)
     ax.set_xticks(named, [names[x] for x in named])
@@ -348,11 +351,15 @@ def shade(load, c):  # a line's look by log parameters; up to 0.8 of viridis: no
 def by_rho(ax, load, number):
     """A line a cell: means over the seeds that its radii share, evenly spaced from SGD (0) on; returns {rho: x}."""
     at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.tried}), start=1)}
-    for c in [c for c in load.cells if c.values("SAM", number)]:
+    for c in load.cells:
         runs, best = {0: c.sgd} | {at[rho]: c.sam[rho] for rho in c.radii}, at[c.chosen["last"][0]]
-        points = [(x, {s: runs[x][s].numbers.get(number, math.nan) for s in c.shared}) for x in runs]
-        ax.errorbar(*bars(points), fmt=".-", linewidth=1, elinewidth=0.7, **shade(load, c))
-        ax.plot(best, interval(dict(points)[best])[0], "o", markerfacecolor="none", color=SAM, markersize=8)
+        having = {x: [s for s in c.shared if number in runs[x][s].numbers] for x in runs}  # curvature: some alone
+        seeds = [s for s in c.shared if all(s in own for own in having.values() if own)]
+        points = {x: {s: runs[x][s].numbers[number] for s in seeds} for x in runs if having[x] and seeds}
+        if points:
+            ax.errorbar(*bars(points.items()), fmt=".-", linewidth=1, elinewidth=0.7, **shade(load, c))
+        if best in points:
+            ax.plot(best, interval(points[best])[0], "o", markerfacecolor="none", color=SAM, markersize=8)
     ticks(ax, {0: "SGD"} | {x: f"{rho:g}" for rho, x in at.items()}, log=False, xlabel="rho")
     return at
 
@@ -364,17 +371,16 @@ def by_epoch(ax, cell, i, key, start=0, **style):  # SGD's (i = 0) or SAM's (1) 
 
 
 def sheet(loads, *rows):
-    """A column a workload, up to four side by side; a row: its name, what of LOOK, which number, or nothing."""
-    shown = loads[:8]
+    """A column a workload, up to twelve in rows of four; a row: its name, what of LOOK, which number, or nothing."""
+    shown = loads[:12]
     across, wide = {1: (1, 2.7), 2: (2, 1.75)}.get(len(shown), (3 if len(shown) in (3, 5, 6) else 4, 1.15))
     block = 0.65 + 1.75 * len(rows)  # inches: of a column, its title included
-    width, height = across * (wide + 0.8), (math.ceil(len(shown) / across) or 1) * block
-    fig = Figure((width, height))
-    fig.columns, fig.left_out = [], loads[8:]
-    for i, load in enumerate(shown):
-        left, top = i % across * (wide + 0.8), height - i // across * block - 0.65
-        places = [(left / width, (top - 1.75 * row - 1.15) / height) for row in range(len(rows))]
-        axes = [fig.add_axes((*place, wide / width, 1.15 / height)) for place in places]
+    down = math.ceil(len(shown) / across) or 1
+    fig = Figure((across * (wide + 0.8), down * block))
+    fig.columns, fig.left_out = [], loads[12:]
+    grid = {"left": 0, "right": wide / (wide + 0.8), "bottom": 0.6 / block, "top": 1 - 0.65 / block}
+    for load, part in zip(shown, fig.subfigures(down, across, squeeze=False).flat):
+        axes = [*part.subplots(len(rows), squeeze=False, gridspec_kw=grid | {"hspace": 0.6 / 1.15}).flat]
         title = load.title.replace(" ", "\xa0").replace(",\xa0", ", ")  # to be broken at commas
         axes[0].set_title(textwrap.fill(title, int(15 * wide + 11)))
         for row, ax in zip(rows, axes):
@@ -386,7 +392,7 @@ def sheet(loads, *rows):
             if row[0].startswith("{0}"):
                 ax.axhline(0, color="black", linewidth=0.7, zorder=0)
                 gain = load.trends(number if number in STOPS else "last").get("gain")
-                if gain:
+                if gain and series:
                     ax.set_title(f"{ax.get_title()}\nn={len(gain)}: {load.say(gain)}".strip())
             ax.title.set_fontsize(7 if across > 2 else 8)
             used = sum(series.values(), load.points("SGD") + load.points("dense"))
@@ -402,18 +408,14 @@ def finish(fig, caption, path):
     tests = f", on these {tests}test data" * any(ax.get_ylabel().startswith(("gain", "test")) for ax in fig.axes)
     bars = f" Bars: 95% intervals (Student's t) over three seeds or more{tests}, pointwise."
     caption += bars * any(ax.containers for ax in fig.axes)
-    lines = sum((list(ax.lines) for ax in fig.axes), [])
-    caption += " Grey: a seed." * any(line.get_color() == GREY for line in lines if len(line.get_xdata()))
     caption += " n: seeds, the gain's slope per tenfold parameters." * any("n=" in ax.get_title() for ax in fig.axes)
     chosen_on = " or, where there are none, on ".join(sorted({load.chosen_on for _, load in fig.columns}))
     caption += f" rho is chosen on {chosen_on} data."
-    width, height = fig.get_size_inches()
+    width = fig.get_figwidth()
     keys = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     across = max(1, int(14 * width / (max(map(len, keys), default=0) + 6)))
-    middle, below = 0.5 - 0.36 / width, -0.17 * math.ceil(len(keys) / across) - 0.1
-    fig.legend(keys.values(), keys, ncols=across, loc="upper center", bbox_to_anchor=(middle, 0), borderaxespad=0)
-    text = textwrap.fill(" ".join(caption.split()), int(17 * width))
-    fig.text(-0.6 / width, below / height, text, va="top", linespacing=1.15)
+    look = {"title": textwrap.fill(" ".join(caption.split()), int(17 * width)), "alignment": "left", "ncols": across}
+    fig.legend(keys.values(), keys, loc="upper left", bbox_to_anchor=(-0.6 / width, 0), **look)
     fig.savefig(path, dpi=150, bbox_inches="tight")  # which has the legend and the caption, below the figure
 
 
@@ -445,7 +447,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
             for c, (best, alike) in [(c, c.chosen["last"]) for c in load.cells]:
                 bottom.plot([c.params] * 2, [at[alike[0]], at[alike[-1]]], color="black", zorder=1)
                 bottom.plot(c.params, at[best], "o", color=SAM)
-            bottom.plot(bottom.get_xlim(), [(1, len(at))] * 2, "--", color="black", linewidth=0.7)
+            edges = [(at[c.tried[0]], at[c.tried[-1]]) for c in load.cells]
+            bottom.plot([c.params for c in load.cells], edges, "--", color="black", linewidth=0.7)
             bottom.set_yticks([*at.values()], [f"{rho:g}" for rho in at], fontsize=9 if len(at) < 9 else 5)
         return fig
 
@@ -499,7 +502,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
             drops = np.flatnonzero((rate[1:] < rate[:-1] / 2) & (load.settings["schedule"] == "step")) + 1
             for cell, style, name in ((load.cells[0], "--", "narrowest"), (load.cells[-1], "-", "widest")):
                 gains = np.array([a.sign * (b.history[key] - a.history[key]) for a, b in cell.pairs()]).T
-                axes[0].plot(np.arange(len(rate)) + 1, gains, style, color=GREY, linewidth=0.4)
+                axes[0].plot(np.arange(len(rate)) + 1, gains, style, color=GREY, linewidth=0.4, label="a seed")
                 axes[0].plot(np.arange(len(rate)) + 1, gains.mean(axis=1), style, color=SAM, label=f"SAM - SGD, {name}")
                 for i, (what, color) in enumerate((("SGD", SGD), ("SAM", SAM))):
                     look = {"linestyle": style, "color": color, "label": f"{what}, {name}"}
@@ -507,8 +510,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
                     by_epoch(axes[2], cell, i, "train_loss", **look)
             for ax in axes:
                 ticks(ax, {e: e for e in (1, *drops, len(rate))}, log=False, xlabel="epoch")
-                for drop in drops:
-                    ax.axvspan(drop + 0.5, drop + 0.5, color="black", linestyle=":", linewidth=0.7)
+                ax.vlines(drops + 0.5, 0, 1, "black", ":", linewidth=0.7, zorder=1, transform=ax.get_xaxis_transform())
         return fig
 
     def functions(self):
@@ -543,7 +545,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
     def sharpness(self):
         """Largest eigenvalue of the Hessian on some training images, its non-uniformity s2, training loss; by rho.
         Dashed: the paper's bounds (squared loss, constant rate; un-normalized SAM at batch 1, so references only)."""
-        loads = [load for load in self if any(values for _, values in load.points("SAM", "lambda_max"))]
+        loads = [a for a in self if any(c.values("SAM", "lambda_max", rho) for c in a.cells for rho in c.radii)]
         rows = ("largest\neigenvalue", "lambda_max"), ("s2", "s2"), ("training loss", "train_loss")
         fig = sheet(loads, *[(name, "SGD, SAM", key) for name, key in rows], *[(name,) for name, _ in rows[:2]])
         for (_, _, _, *below), load in fig.columns:
@@ -583,7 +585,7 @@ def rounded(values):  # mean and interval to the interval's second digit
 def summary(loads):  # Markdown: the trends, and a table for each workload
     trends, text = [], ""
     for load in loads:
-        for stop, slopes in ((stop, load.trends(stop)) for stop in STOPS if load.trends(stop)):
+        for stop, slopes in [(stop, slopes) for stop in STOPS if (slopes := load.trends(stop))]:
             whole = [values for _, values in load.points("gain", stop) if values.keys() >= slopes["gain"].keys()]
             row = {"workload": load.title, "epoch": STOPS[stop], "seeds": len(slopes["gain"])}
             row |= {"widths": f"{len(whole)} of {len(load.cells)}", "that rho": f"{choose(load.cells, stop)[0]:g}"}
@@ -594,11 +596,13 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             edge = ", the grid's edge" * (len(c.tried) > 1 and best in (c.tried[0], c.tried[-1]))
             row = {"width": c.width, "parameters": f"{c.params:,}", "non-zero": f"{c.nonzero:,}"}
             row |= {"seeds": len(c.pairs()), "rho": f"{best:g}{edge}", "as good": f"{alike[0]:g} to {alike[-1]:g}"}
-            row |= {f"rho, {STOPS[stop]}": f"{c.chosen[stop][0]:g}" for stop in ("held-out", "paper")}
+            stops = [stop for stop in ("held-out", "paper") if stop in c.run.score]
+            row |= {f"rho, {STOPS[stop]}": f"{c.chosen[stop][0]:g}" for stop in stops}
             row["tuned"] = "".join(f"{a.epochs:g}; {b.epochs:g}, rho {b.rho:g}" for a, b in load.tuned(c)[:1])
             numbers = "last paper train_acc train_loss lambda_max s2 trace rate R^2 share".split() + ["bend of y"]
             found = {f"{who} {number}": c.values(who, number) for number in numbers for who in ("SGD", "SAM")}
-            curved = ("lambda_max", "s2", "train_loss") if found["SAM lambda_max"] else ()
+            measured = any(c.values("SAM", "lambda_max", rho) for rho in c.radii)
+            curved = ("lambda_max", "s2", "train_loss") if measured else ()
             found |= {f"{name} at rho {rho:g}": c.values("SAM", name, rho) for name in curved for rho in c.tried}
             row |= {name: rounded(values) for name, values in found.items() if values}
             shown = {"gain": c.values("gain")} | {f"gain at rho {rho:g}": c.values("gain", rho=rho) for rho in c.radii}
@@ -635,7 +639,7 @@ def main():
     try:
         args.figures.mkdir(parents=True, exist_ok=True)
         lines = [f"{path}: left out, {why}" for path, why in left.items()]
-        shy = [(a, c) for a in loads for c in a.cells if any(len(runs) > len(c.shared) for runs in c.sam.values())]
+        shy = [(a, c) for a in loads for c in a.cells if any({*runs} != {*c.shared} for runs in c.sam.values())]
         lines += [f"{a.title}, width {c.width}: rho of {c.radii} chosen on shared seeds {c.shared}" for a, c in shy]
         for figure in [figure for name, figure in vars(Figures).items() if not name.startswith("_") and figure.__doc__]:
             fig, name = figure(Figures(loads)), f"{figure.__name__}.png"
