@@ -125,7 +125,6 @@ class Run:  # A result file: settings (where it lacks a flag, the default), hist
         self.score = {s: float((held if len(held) and s != "paper" else test)[end]) for s, end in ends.items()}
         numbers |= {key: float(values[-1]) for key, values in history.items()}
         numbers |= {stop: float(self.sign * test[end]) for stop, end in ends.items()}
-        numbers["clean"] = numbers.get("train_clean_acc", numbers.get("train_acc", math.nan))
         numbers["share"] = 100 * np.mean(history.get("last_layer_share", math.nan))
         bends = {key: np.diff(np.diff(y) / np.diff(curve["x"])) for key, y in curve.items() if key != "x"}
         numbers |= {f"bend of {key}": np.abs(bend).sum() for key, bend in bends.items()}  # the slope's total variation
@@ -388,6 +387,7 @@ def sheet(loads, *rows):
             series = {what: load.points(what, number) for what in whats.split(", ") if what}
             for what, points in series.items():
                 draw(ax, points, *LOOK[what])
+            ax.set_visible(not whats or any(values for points in series.values() for _, values in points))
             ax.set_yscale("log" if number in ("train_loss", "bend of y") else "linear")
             if row[0].startswith("{0}"):
                 ax.axhline(0, color="black", linewidth=0.7, zorder=0)
@@ -419,6 +419,9 @@ def finish(fig, caption, path):
     fig.savefig(path, dpi=150, bbox_inches="tight")  # which has the legend and the caption, below the figure
 
 
+GAINS = ("{0}, last", "one rho, gain"), ("{0}, held-out", "paper, by its rule, one rho, tuned, gain", "held-out")
+
+
 class Figures(list):  # All workloads; a method draws a figure, its docstring is the caption: so add yours
     def of(self, *roles):
         return [load for load in self if load.role() in roles]
@@ -427,13 +430,29 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
         """SAM's gain over SGD by width: after the last epoch, and where each run stops at its best held-out epoch;
         tuned: each has its best number of epochs. The paper's rule: best test epoch, and the rho best on test data. The
         paper's points: where the settings are its own (synthetic: but for rate, schedule; held-out data aside)."""
-        early = "{0}, held-out", "paper, by its rule, one rho, tuned, gain", "held-out"
-        return sheet(self.of("clean", "noisy"), ("{0}, last", "one rho, gain"), early)
+        return sheet(self.of("clean"), *GAINS)
+
+    def label_noise(self):
+        """SAM's gain over SGD by width and fraction of flipped labels: after the last epoch, and where each run stops
+        at its best held-out epoch (held-out labels are clean); tuned: each has its best number of epochs. The paper's
+        rule: best test epoch, and the rho best on test data."""
+        order = sorted(self.of("clean", "noisy"), key=lambda load: (load.base, load.noise))
+        fig = sheet([load for load in order if any(load.base == other.base for other in self.of("noisy"))], *GAINS)
+        for (first, a), (second, b) in zip(fig.columns, fig.columns[1:]):
+            for ax, other in zip(second, first) if a.base == b.base else ():
+                ax.sharey(other)
+                ax.autoscale(axis="y")
+        return fig
 
     def accuracy_by_width(self):
-        """SGD and SAM on test data, and SGD of twice the epochs, where it was run; below, on training data. Dashed,
-        synthetic data: the noise floor, and the loss of a constant."""
-        fig = sheet(self.of("clean"), ("{1}", "SGD, SAM, twice"), ("{2}", "SGD, SAM", "train_{3}"))
+        """SGD and SAM on test data, and SGD of twice the epochs, where it was run; below, on training data, where
+        labels are flipped also by their originals. Dashed, synthetic data: the noise floor, and a constant's loss."""
+        rows = (
+            ("{1}", "SGD, SAM, twice"),
+            ("{2}", "SGD, SAM", "train_{3}"),
+            ("on true labels (%)", "SGD, SAM", "train_clean_acc"),
+        )
+        fig = sheet(self.of("clean", "noisy"), *rows)
         for top in [axes[0] for axes, load in fig.columns if load.dataset == "teacher"]:
             top.hlines([1, 1.306], *top.get_xlim(), "black", "--", label="noise, a constant", linewidth=0.7)
         return fig
@@ -450,20 +469,6 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
             edges = [(at[c.tried[0]], at[c.tried[-1]]) for c in load.cells]
             bottom.plot([c.params for c in load.cells], edges, "--", color="black", linewidth=0.7)
             bottom.set_yticks([*at.values()], [f"{rho:g}" for rho in at], fontsize=9 if len(at) < 9 else 5)
-        return fig
-
-    def label_noise(self):
-        """By fraction of flipped labels: SAM's gain after the last epoch, at the best held-out epoch of each run, and
-        where each also has its best number of epochs; SGD and SAM; accuracy on the training labels as they were.
-        Held-out labels are clean."""
-        order = sorted(self.of("clean", "noisy"), key=lambda load: (load.base, load.noise))
-        noisy = [load for load in order if any(load.base == other.base for other in self.of("noisy"))]
-        rows = ("{0}", "gain, held-out, tuned"), ("{1}", "SGD, SAM"), ("{2},\ntrue labels", "SGD, SAM", "clean")
-        fig = sheet(noisy, *rows)
-        for (first, a), (second, b) in zip(fig.columns, fig.columns[1:]):
-            for ax, other in zip(second, first) if a.base == b.base else ():
-                ax.sharey(other)
-                ax.autoscale(axis="y")
         return fig
 
     def sparsity(self):

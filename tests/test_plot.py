@@ -378,6 +378,11 @@ def test_the_grids_edges_are_in_sight_where_all_widths_chose_one_rho(tmp_path):
     assert low < 1 and high > 3
 
 
+def test_accuracy_on_true_labels_is_drawn_where_labels_are_flipped(tmp_path):
+    fig = plot.Figures(read(tmp_path, [*pair(), *pair(noise=0.5)])[0]).accuracy_by_width()
+    assert [[ax.get_visible() for ax in axes] for axes, _ in fig.columns] == [[True, True, False], [True] * 3]
+
+
 def test_the_grids_edges_are_each_widths_own(tmp_path):
     grids = {"75-25": (0.01, 0.02, 0.05), "300-100": (0.02, 0.05, 0.1)}
     radii = [run(rho, acc=0.91, hidden=h) for h, grid in grids.items() for rho in grid]
