@@ -844,7 +844,7 @@ def main(parser, train, settings_of):
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "alloc" not in str(error).lower():
                 raise
-            exit_with_error(f"{config.name}: needs more memory; try a smaller batch or network", everywhere=False)
+            exit_with_error(f"{config.name}: needs more memory: try a smaller --batch-size or width", everywhere=False)
         gc.collect()  # models under --amp and --compile hold themselves
     if torchrun:
         dist.destroy_process_group()

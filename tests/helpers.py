@@ -229,6 +229,8 @@ def plain_run(model, data, config, rate, targets=None, masks=()):
                 x = prepared(data.train.inputs[order[mine]], None if moves is None else moves[mine])
                 y = y_all[order[mine]]
                 loss, outputs, grads = gradient(x, y)
+                if rank == 0:  # BatchNorm's statistics are the main process's, of the first pass
+                    state = [b.clone() for b in model.buffers()]
                 losses += loss * len(y)
                 hits += (outputs.argmax(1) == y).sum().item()
                 clean_hits += (outputs.argmax(1) == clean[order[mine]]).sum().item()
@@ -240,7 +242,7 @@ def plain_run(model, data, config, rate, targets=None, masks=()):
                         config.perturb == "all" or (id(p) in last) == (config.perturb == "last") for p in params
                     ]
                     grads = [g * moved for g, moved in zip(grads, moves_too)]
-                    kept, state = [p.detach().clone() for p in params], [b.clone() for b in model.buffers()]
+                    kept = [p.detach().clone() for p in params]
                     scale = [p.detach() if config.adaptive else torch.ones_like(p) for p in params]
                     norm = math.sqrt(sum(((s * g) ** 2).sum().item() for s, g in zip(scale, grads)))
                     with torch.no_grad():
@@ -248,11 +250,13 @@ def plain_run(model, data, config, rate, targets=None, masks=()):
                             p += config.rho * s * s * g / norm
                     *_, grads = gradient(x, y)
                     with torch.no_grad():
-                        for p, old in zip([*params, *model.buffers()], [*kept, *state]):
+                        for p, old in zip(params, kept):
                             p.copy_(old)
                 means = [mean + g * len(y) / len(whole) for mean, g in zip(means, grads)]
             lr = rate((epoch - 1) * updates + i, config.epochs * updates)
             with torch.no_grad():
+                for buffer, old in zip(model.buffers(), state):
+                    buffer.copy_(old)
                 for p, g, b in zip(params, means, momenta):
                     b.mul_(config.momentum).add_(g + config.weight_decay * p)
                     p.sub_(lr * b)

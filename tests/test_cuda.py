@@ -30,16 +30,19 @@ class Epoch:
             for p in model.parameters():
                 p.grad = torch.empty_like(p)
 
-        Epoch.backward = backward
+        Epoch.backward, Epoch.sums = backward, []
 
     def epochs(self):
         yield 1
 
 
 def end(scores, *names):
-    """Stands in for Scores.means: ends training after an epoch, with its scores as a tensor."""
+    """Stands in for Scores.means: ends training when the test and held-out images, too, are scored."""
     scores.reduce()
-    raise Done(scores.sums)
+    Epoch.sums.append(scores.sums)
+    if len(Epoch.sums) == 3:
+        raise Done
+    return dict.fromkeys(names, 0.0)
 
 
 @pytest.fixture
@@ -88,12 +91,12 @@ def test_an_epoch_stays_on_the_device_and_reads_nothing_from_it(fake, tmp_path, 
         split = Split(images, torch.empty(200, dtype=torch.int64, device="cuda"))
         data = Data(split, split, split, shape[1:], 10, script is not mlp_width)
         fake.setattr(script, "load_data", lambda config: data)
-        with pytest.raises(Done) as done:
+        with pytest.raises(Done):
             script.train(config)
-        (sums,) = done.value.args
-        assert sums.device.type == "cuda" and len(sums) == (4 if script is label_noise else 3)
+        assert [len(sums) for sums in Epoch.sums] == [4 if script is label_noise else 3, 3, 3]
+        assert all(sums.device.type == "cuda" for sums in Epoch.sums)
         with pytest.raises(DataDependentOutputException):  # so would a read before
-            sums[0].item()
+            Epoch.sums[0][0].item()
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -110,7 +113,7 @@ def test_curvature_is_measured_without_tf32(fake, tmp_path):
     owners, found = (torch.backends.cuda.matmul, torch.backends.cudnn), []
     for owner in owners:
         owner.allow_tf32 = True
-    fake.setattr(common, "sharpness", lambda *args: found.extend(owner.allow_tf32 for owner in owners))
+    fake.setattr(common, "sharpness", lambda *args: found.extend(owner.allow_tf32 for owner in owners) or {})
     labels = torch.arange(5) % 2
     common.measure_sharpness(recorder, common.LOSSES["ce"], Split(torch.randn(5, 4), labels), labels)
     assert found == [False, False]

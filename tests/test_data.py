@@ -271,6 +271,7 @@ def test_images_of_ones_own_are_scaled_but_not_augmented(monkeypatch, tmp_path):
     assert not data.augment and data.outputs == 3 and data.shape == (3, 8, 8)
     x, y = next(common.batches(data, config, 1))
     assert torch.equal(x, normalize(images)) and sorted(y.tolist()) == [0, 0, 1, 1, 2, 2]
+    assert common.build_model(config, data)(x).shape == (6, 3)
 
 
 # ------------------------------------------------------------ folders
@@ -371,6 +372,7 @@ def test_a_folder_of_images_is_a_data_set(tmp_path):
         assert torch.equal(split.inputs[:, 0, 0, 0] >= 100, split.targets == 1)
         assert 0.2 < split.targets.double().mean() < 0.8  # every class among the first as among the last
     common.read_folder.cache_clear()
+    common.scan_folder.cache_clear()
     assert torch.equal(load_data(config).train.inputs, data.train.inputs)  # one order for all runs
     result = train(resnet_width, config)
     assert result["status"] == "done" and result["config"]["dataset"] == str(tmp_path / "two")

@@ -30,8 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import label_noise
 import mlp_width
+import resnet_width
 import sparsity
-from common import MLP, SAM, frozen_bn_stats
+from common import MLP, SAM, ResNet18, frozen_bn_stats
 
 SMALL = f"--data-dir {small_mnist()} --dataset mnist --device cpu --batch-size 25 --epochs 2"
 STEPS, WORLD = 3, 2
@@ -151,6 +152,7 @@ def double():
         (mlp_width, "--hidden 20 --train-size 53 --sam --rho 0.1 --perturb rest --loss mse --lr 0.002"),
         (label_noise, "--hidden 9-7 --train-size 140 --noise 0.5 --sam --rho 0.1 --adaptive"),
         (sparsity, "--hidden 9-7 --train-size 140 --sparsity 0.5 --pruner snip --sam --rho 0.1 --perturb last"),
+        (resnet_width, "--filters 1 --train-size 53 --sam --rho 0.1"),
     ],
 )
 def test_each_process_perturbs_by_its_share_and_the_sam_gradients_are_averaged(float64, tmp_path, script, argv):
@@ -159,7 +161,7 @@ def test_each_process_perturbs_by_its_share_and_the_sam_gradients_are_averaged(f
     (config,) = runs(script, tmp_path, *command.split()[1:])
     data = common.load_data(config)
     torch.manual_seed(0)
-    model = MLP(map(int, config.hidden.split("-")))
+    model = ResNet18(config.filters, 1) if config.filters else MLP(map(int, config.hidden.split("-")))
     targets, masks = None, ()
     if script is label_noise:
         targets = label_noise.flip_labels(data.train.targets, 0.5, 10, 0)
@@ -170,7 +172,7 @@ def test_each_process_perturbs_by_its_share_and_the_sam_gradients_are_averaged(f
             w.data *= mask
     config.processes = WORLD
     updates = config.epochs * math.ceil(len(data.train.targets) / 25)
-    drops = [int(fraction * updates) for fraction in (0.25, 0.5, 0.75)]
+    drops = [int(fraction * updates) for fraction in ((0.5, 0.75) if config.filters else (0.25, 0.5, 0.75))]
     rate = lambda step, steps: config.lr / 10 ** sum(step >= drop for drop in drops)  # noqa: E731
     expected = plain_run(model, data, config, rate, targets, masks)
     end_pair(pair)
@@ -268,7 +270,7 @@ def test_flags_that_differ_are_one_line_and_nothing_is_written(tmp_path):
     [("--batch-size 1", "--batch-size"), ("--epochs 0", "--epochs"), ("--device cuda:1", "--device cuda:1")]
     + [
         ("--train-size 26", "--batch-size"),
-        ("--val-size 1", "--val-size 1"),
+        ("--val-size 1", "--val-size or 60 test images: too few for 2"),
         ("--dataset nowhere", "--dataset nowhere"),
     ],
 )

@@ -68,11 +68,14 @@ def test_resnet50_has_the_papers_parameters(filters, count):
         assert sum(p.numel() for p in ResNet50(filters).parameters()) == count
 
 
-def test_resnet50_computes_what_torchvisions_does(float64):
-    from torchvision.models import resnet50
+@pytest.mark.parametrize("make", [ResNet50, common.ResNet18], ids=["50", "18"])
+def test_a_resnet_computes_what_torchvisions_does(float64, make):
+    from torchvision import models
 
     torch.manual_seed(0)
-    theirs, ours = resnet50(), ResNet50()
+    theirs, ours = getattr(models, make.__name__.lower())(num_classes=10), make(classes=10)
+    if make is common.ResNet18:  # for small images
+        theirs.conv1, theirs.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
     with torch.no_grad():
         for tensor in theirs.state_dict().values():
             if tensor.ndim == 1 and tensor.is_floating_point():  # biases, and all that BatchNorm has
@@ -239,7 +242,7 @@ def test_the_history_is_the_same_for_any_number_of_workers_and_after_a_kill(fold
         assert timeless(result_of(tmp_path / name)) == timeless(undisturbed)
 
 
-def test_two_processes_score_all_images(folder, tmp_path):
+def test_two_processes_train_together_and_score_all_images(folder, tmp_path):
     command = ["resnet_width.py", "--device", "cpu", "--dataset", folder, *DEEP, "--sam", "--workers", "1"]
     for script in start_pair(command, tmp_path):
         script.end()

@@ -87,10 +87,11 @@ def test_the_interval_is_students():
     assert mean == 2 and math.isclose(half, 4.3027 / math.sqrt(3), rel_tol=1e-4)
     mean, half = plot.interval({0: 5})
     assert mean == 5 and math.isnan(half)
-    for n, t in ((10, 2.2622), (11, 2.2281), (21, 2.0860), (101, 1.9840)):
-        values = dict(enumerate(np.random.default_rng(0).normal(size=n)))
-        deviation = np.std([*values.values()], ddof=1)
-        assert math.isclose(plot.interval(values)[1], t * deviation / math.sqrt(n), rel_tol=2e-3)
+    for n in range(2, 41):  # P(|T| < t), by the integral of T's density
+        df, t = n - 1, plot.interval({i: float(i) for i in range(n)})[1] * math.sqrt(n) / np.std(range(n), ddof=1)
+        x, scale = np.linspace(0, t, 100_001), math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2))
+        density = scale / math.sqrt(df * math.pi) * (1 + x * x / df) ** (-(df + 1) / 2)
+        assert math.isclose(2 * t * density[1:].mean(), 0.95, abs_tol=3e-4), n
 
 
 def test_a_trend_is_each_seeds_slope_per_tenfold_parameters():
@@ -152,7 +153,9 @@ def test_s2_is_drawn_by_rho_beside_the_papers_bound(tmp_path):
     sharp = [{"lambda_max": 3.0, "s2": s2} for s2 in (40.0, 30.0, 20.0)]
     settings = {"schedule": "constant", "loss": "mse", "lr": 0.1}
     runs = [run(rho, extra={"sharpness": one}, **settings) for rho, one in zip((None, 0.01, 0.2), sharp)]
-    (*_, ax), _ = plot.Figures(read(tmp_path, runs)[0]).sharpness().columns[0]
+    (*_, largest, ax), _ = plot.Figures(read(tmp_path, runs)[0]).sharpness().columns[0]
+    for a, rho in zip(largest.lines[-1].get_ydata(), (0, 0.01, 0.2)):
+        assert math.isclose(a * (1 + rho * a), 2 / 0.1)
     measured, ring, bound = [line.get_ydata() for line in ax.lines]
     assert [*ring] == [30.0]  # both radii are equally good: the smaller one is taken
     assert [*measured] == [40.0, 30.0, 20.0]
@@ -609,6 +612,39 @@ def test_a_log_axis_has_plain_numbers(tmp_path, monkeypatch):
     assert all(re.fullmatch(r"\$\\mathdefault{[\d.]+}\$", name) for name in names)
 
 
+def test_each_line_is_whose_its_label_says(tmp_path):
+    def figures(name, **settings):
+        sgd, sam = run(acc=[0.5, 0.6], **settings), run(0.1, acc=[0.7, 0.9], **settings)
+        for row in sam["history"]:
+            row["train_loss"] /= 4
+        return plot.Figures(read(tmp_path / name, [sgd, sam])[0])
+
+    def y(ax, label):
+        return next([*line.get_ydata()] for line in ax.lines if line.get_label() == label)
+
+    noisy = figures("noisy", noise=0.5)
+    (((gain, test, loss), _),) = noisy.curves().columns
+    assert y(gain, "SAM - SGD, narrowest") == pytest.approx([20, 30])
+    assert y(test, "SGD, narrowest") == pytest.approx([50, 60])
+    assert y(test, "SAM, narrowest") == pytest.approx([70, 90])
+    assert y(loss, "SAM, narrowest") == pytest.approx([0.25, 0.125])
+    (((ax,), load),) = noisy.interpolation().columns
+    assert (ax.lines[-1].get_xdata()[0], ax.lines[-1].get_ydata()[0]) == pytest.approx((80, 30))
+    assert load.cells[0].values("SAM", "share") == pytest.approx({0: 20})
+    (((sam, sgd, *_), _),) = figures("constant", schedule="constant").convergence().columns
+    assert y(sam, "the only width") == pytest.approx([0.25, 0.125])
+    assert y(sgd, "the only width") == pytest.approx([1, 0.5])
+
+
+def test_a_curves_functions_are_in_the_colours_of_sgd_and_sam(tmp_path):
+    curve = {"dataset": "curve", "hidden": "10", "params": 30, "epochs": 4, "schedule": "constant"}
+    extras = [{"function": {"x": [0, 1, 2], "y": [0, y, 0]}} for y in (1, 2)]
+    runs = [number_run(rho, extra=extra, **curve) for rho, extra in zip((None, 0.2), extras)]
+    ((ax, *_), _) = plot.Figures(read(tmp_path, runs)[0]).functions().columns[0]
+    drawn = {line.get_color(): [*line.get_ydata()] for line in ax.lines[:2]}
+    assert drawn == {plot.SGD: [0, 1, 0], plot.SAM: [0, 2, 0]}
+
+
 def test_pruner_and_sparsity_zero_are_dense(tmp_path):
     loads, left = read(tmp_path, [*pair(hidden="75-25"), *pair(script="sparsity", sparsity=0.0, pruner="snip")])
     assert len(loads) == 1 and len(loads[0].cells) == 2 and not left
@@ -810,7 +846,7 @@ def test_where_nothing_can_be_drawn_is_one_line_and_status_2(tmp_path, runs):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--results" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [["--colour", "red"], ["--fig", "x"], ["--figures", "README.md"]])
+@pytest.mark.parametrize("flags", [["--fig", "x"], ["--figures", "README.md"]])
 def test_bad_flags_are_one_line_and_status_2(tmp_path, flags):
     save(tmp_path, pair())
     done = draw(tmp_path, *flags)

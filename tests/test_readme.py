@@ -1,10 +1,8 @@
 """README.md's Python blocks run as they stand, a copied SAM class runs alone, and what the README says of it holds."""
 
 import ast
-import copy
 import importlib
 import json
-import math
 import re
 import shlex
 import shutil
@@ -81,7 +79,7 @@ def test_the_class_needs_nothing_but_torch():
 def test_the_readme_states_the_length_of_the_class():
     lines = len(source_of("SAM").splitlines())
     assert re.search(rf"^\| lines of the class \| {lines} \|", README, re.MULTILINE)
-    assert {int(n) for n in re.findall(r"(?:class of |`SAM` \()(\d+) lines", README)} == {lines}
+    assert {int(n) for n in re.findall(r"(?:class of |`SAM` \()(\d+) lines", README)} == {lines} and lines <= 50
 
 
 def rebuilt():
@@ -126,15 +124,11 @@ def test_lightning_step_and_trainer_step_equal_the_plain_loop(blocks):
             assert torch.equal(ours, theirs), name
 
 
-# What the table "Beside other SAM classes" says of this class
-
-
-def scalars():
-    return [torch.ones(1, requires_grad=True) for _ in range(2)]
+# What the table "Beside other SAM classes" says of this class; the rest of it is in test_sam.py
 
 
 def test_table_restored_bit_for_bit_in_the_same_storage():
-    for dtype, steps in ((torch.float32, 200), (torch.bfloat16, 50)):
+    for dtype, steps in ((torch.float32, 1000), (torch.bfloat16, 200)):
         model = rebuilt().to(dtype)
         before, places = [p.detach().clone() for p in model.parameters()], [p.data_ptr() for p in model.parameters()]
         sam = SAM(torch.optim.SGD(model.parameters(), lr=0.0))
@@ -142,57 +136,6 @@ def test_table_restored_bit_for_bit_in_the_same_storage():
             two_passes(model, sam, torch.randn(16, 20, dtype=dtype), torch.randint(3, (16,)))
         assert all(map(torch.equal, before, model.parameters()))
         assert [p.data_ptr() for p in model.parameters()] == places
-
-
-def test_table_the_base_optimizers_state_keeps_momentum():
-    x, y = torch.randn(32, 20), torch.randint(3, (32,))
-    models, sams = [rebuilt(), rebuilt()], []
-    for model in models:
-        sams.append(SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)))
-    for _ in range(3):
-        two_passes(models[0], sams[0], x, y)
-    models[1].load_state_dict(models[0].state_dict())
-    sams[1].optimizer.load_state_dict(copy.deepcopy(sams[0].optimizer.state_dict()))
-    for model, sam in zip(models, sams):
-        two_passes(model, sam, x, y)
-    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
-
-
-@pytest.mark.parametrize(
-    "first, second, expected", [("a", "ab", (0.8, 0.7)), ("ab", "b", (1.0, 0.7)), ("", "", (1, 1))]
-)
-def test_table_gradients_that_appear_vanish_or_are_missing(first, second, expected):
-    a, b = scalars()
-    sam = SAM(torch.optim.SGD([a, b], lr=0.1))
-    for names, move in ((first, sam.perturb), (second, sam.step)):
-        for name in names:
-            (2 * a if name == "a" else 3 * b).sum().backward()
-        move()
-    torch.testing.assert_close(torch.cat([a, b]).detach(), torch.tensor(expected, dtype=torch.float32))
-
-
-def test_table_zero_gradients_move_nothing():
-    a, b = scalars()
-    for adaptive in (False, True):
-        a.grad, b.grad = torch.zeros(1), torch.zeros(1)
-        sam = SAM(torch.optim.SGD([a, b], lr=0.1), adaptive=adaptive)
-        sam.perturb()
-        assert a.item() == b.item() == 1.0
-        sam.step()
-        assert a.item() == b.item() == 1.0
-
-
-def test_table_step_with_a_closure_returns_the_loss_at_w():
-    (w, _) = scalars()
-    sam = SAM(torch.optim.SGD([w], lr=0.1))
-
-    def closure():
-        sam.optimizer.zero_grad()
-        loss = (w**2).sum()
-        loss.backward()
-        return loss
-
-    assert sam.step(closure).item() == 1.0
 
 
 # Command blocks, commands within the text, and recipes
@@ -346,7 +289,10 @@ def test_its_results_are_those_of_the_shipped_files():
     number = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
     assert re.sub(number, "#", shipped).startswith(re.sub(number, "#", drawn))
     for one, other in zip(re.findall(number, shipped), re.findall(number, drawn)):
-        assert math.isclose(float(one), float(other), rel_tol=0.02, abs_tol=0.011), (one, other)  # a rounding apart
+        unit = 10.0 ** -len(one.partition(".")[2]) if "." in one else 0
+        assert abs(float(one) - float(other)) <= 1.01 * unit, (one, other)  # a rounding apart
     results = README[: README.index("\n## Use SAM")]
     intervals = re.findall(rf"[+-]?{number} ± {number}", results)
     assert len(intervals) > 50 and not [text for text in intervals if f" {text} " not in shipped]
+    for text, star in re.findall(rf"([+-]{number} ± {number})(\*?)", results):
+        assert bool(star) == (f" {text} unresolved" in shipped), text

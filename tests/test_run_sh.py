@@ -18,18 +18,11 @@ from helpers import program
 import common
 
 ROOT = Path(__file__).parent.parent
-COMMON = """sam rho adaptive perturb epochs batch-size lr momentum weight-decay schedule warmup loss sharpness seed
-    dataset data-dir train-size val-size device amp compile fp32 results force""".split()
-FLAGS = {
-    "mlp_width.py": {*COMMON, "hidden"},
-    "resnet_width.py": {*COMMON, "filters", "depth", "image-size", "workers"},
-    "label_noise.py": {*COMMON, "hidden", "filters", "noise"},
-    "sparsity.py": {*COMMON, "hidden", "filters", "sparsity", "pruner"},
-}
 LISTS = {"hidden", "filters", "noise", "sparsity", "rho", "seed"}
 VARIABLES = """SEEDS HIDDEN FILTERS TEACHER CURVE NOISES NOISE_FILTERS PERTURB DECAYS DEPTHS PRUNERS PRUNED
     PRUNED_FILTERS SHARPNESS CONVERGENCE CONVERGENCE_FILTERS IMAGENET_FILTERS""".split()
-ENV = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, "RHOS", "FLAGS", "JOBS", "PYTHON"}}
+OTHERS = "RHOS FLAGS JOBS PYTHON RESULTS FIGURES DATA_DIR CIFAR10 IMAGENET OMP_NUM_THREADS CUDA_VISIBLE_DEVICES".split()
+ENV = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, *OTHERS}}
 EMPTY = dict.fromkeys(VARIABLES[1:], "")
 SMALL = {**EMPTY, "SEEDS": "0", "RHOS": "0.1", "HIDDEN": "75-25 150-50 300-100"}  # 9 commands, of which three fail
 
@@ -128,7 +121,6 @@ def test_every_listed_command_has_flags_of_its_script_and_no_run_is_listed_twice
     lines = listed(*scale, IMAGENET="images")
     for line in lines:
         script, flags = parse(line)
-        assert flags.keys() <= FLAGS[script], line
         assert not {flag for flag, values in flags.items() if len(values) > 1} - LISTS
         assert [flag for flag, values in flags.items() if not values] == ["sam"] * ("rho" in flags)
         assert script in ("mlp_width.py", "resnet_width.py") or len(flags.keys() & {"hidden", "filters"}) == 1
@@ -238,7 +230,15 @@ def test_overnight_is_eight_rows_in_their_order():
     assert all(len(runs([line])) == 1 for line in lines if "--sharpness 1000" in line)  # it takes longer than training
 
 
-def test_no_shipped_result_is_without_its_command(monkeypatch):
+@pytest.mark.parametrize("scale", [(), ("quick",)], ids=["full", "quick"])
+def test_the_scripts_take_what_is_listed(monkeypatch, scale):
+    monkeypatch.chdir(ROOT)
+    for line in listed(*scale, IMAGENET="images", SEEDS="0", RHOS="0.1"):
+        monkeypatch.setattr(sys, "argv", line.split()[1:])
+        assert common.parse(*program(importlib.import_module(Path(sys.argv[0]).stem)))
+
+
+def test_the_readme_counts_the_runs_and_no_shipped_result_is_without_its_command(monkeypatch):
     programs, named = {}, set()
     monkeypatch.chdir(ROOT)
     for line in listed("overnight"):
@@ -250,17 +250,18 @@ def test_no_shipped_result_is_without_its_command(monkeypatch):
     shipped = {*Path("results/overnight").glob("*/*.json")}
     assert len(named) == len(runs(listed("overnight"))) and shipped and shipped <= named, shipped - named
     told = f"{len(shipped)} of its {len(named)} runs"
-    assert told in " ".join(Path("README.md").read_text(encoding="utf-8").split())
+    assert told in (text := " ".join(Path("README.md").read_text(encoding="utf-8").split()))
+    assert f"{len(listed('quick'))} commands, 2 at a time" in text
+    assert f"{len(runs(listed())):,} runs without ImageNet" in text
 
 
 def test_quick_is_every_experiment_on_the_shipped_images():
     found = runs(listed("quick"))
-    text = "\n".join(" ".join(one) for one in found)
-    parts = """noise=0.5 noise=0.75 perturb=last perturb=rest filters= dataset=teacher dataset=curve- dataset=curve
-        weight-decay=0 epochs=30 hidden=100-100-100-100 pruner=snip loss=mse
-        sharpness= schedule=constant"""
+    items = {item for one in found for item in one}
+    parts = """noise=0.5 noise=0.75 perturb=last perturb=rest filters= dataset=teacher dataset=curve-scaled dataset=curve
+        weight-decay=0 epochs=30 hidden=100-100-100-100 pruner=snip loss=mse sharpness= schedule=constant"""
     for part in parts.split():
-        assert part in text, part
+        assert part in items or part.endswith("=") and any(item.startswith(part) for item in items), part
     for one in found:
         assert {"dataset=mnist", "data-dir=data/mini"} <= set(one) or any("teacher" in p or "curve" in p for p in one)
         assert "results=results/quick" in one
@@ -365,9 +366,15 @@ def test_the_other_sweeps(clone, fake, scale, downloads):
     text = (clone / "run.sh").read_text()
     few = f"{scale}() {{ both 0.1 mlp_width.py --hidden 9-7{'' if downloads else ' --dataset mnist'} --seed 0; return"
     (clone / "run.sh").write_text(text.replace(f"{scale}() {{", few))
-    status, out, errors = run(clone, scale, **fake, JOBS="1", RESULTS="r", FIGURES="f", DATA_DIR="d", FLAGS="--amp")
+    at_once = 1 if downloads else min(4, os.cpu_count())
+    more = {"JOBS": "1"} if downloads else {}
+    status, out, errors = run(clone, scale, **fake, **more, RESULTS="r", FIGURES="f", DATA_DIR="d", FLAGS="--amp")
     assert (status, errors) == (0, [])
-    assert "2 cores" in out[0] and ("minutes" in out[0] or "hours" in out[0]) and "2 commands, 1 at a time" in out[0]
+    assert (
+        "2 cores" in out[0]
+        and ("minutes" in out[0] or "hours" in out[0])
+        and f"2 commands, {at_once} at a time" in out[0]
+    )
     assert out[-1] == f"Figures and summary.md are in figures/{scale}, the results they come from in results/{scale}."
     told = calls(clone)
     assert [line.split()[-2:] for line in told if "read_torchvision" in line] == [["mnist", "data"]] * downloads
@@ -377,13 +384,20 @@ def test_the_other_sweeps(clone, fake, scale, downloads):
     assert set((clone / "threads").read_text().split()[-3:]) == {"1"}
 
 
-def test_commands_side_by_side_use_different_gpus(clone, fake):
-    assert run(clone, **SMALL, **fake, CUDA_VISIBLE_DEVICES="3,GPU-5", JOBS="2")[0] == 0
+@pytest.mark.parametrize("gpus, told", [(("3", "GPU-5"), True), (("0", "1"), False)])
+def test_commands_side_by_side_use_different_gpus(clone, fake, gpus, told):
+    (clone / "bin").mkdir()
+    (clone / "bin" / "nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    (clone / "bin" / "nvidia-smi").chmod(0o755)
+    more = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if told else {}
+    path = f"{clone / 'bin'}:{os.environ['PATH']}"
+    assert run(clone, **SMALL, **fake, **more, PATH=path, JOBS="2")[0] == 0
+    assert set((clone / "threads").read_text().split()) == {str(-(-os.cpu_count() // 2))}
     events = [line.split() for line in (clone / "gpus").read_text().splitlines()]
-    events = [(event, gpu) for event, gpu in events if gpu != "3,GPU-5"]
-    assert len(events) == 18 and {gpu for _, gpu in events} == {"3", "GPU-5"}
+    events = [event for event in events if event[1:] and event[1] in gpus]
+    assert len(events) == 18 and {gpu for _, gpu in events} == {*gpus}
     if "process-slot-var" in subprocess.run(["xargs", "--help"], capture_output=True, text=True).stdout:
-        for gpu in ("3", "GPU-5"):
+        for gpu in gpus:
             turns = [event for event, of in events if of == gpu]
             assert turns == ["starts", "ends"] * (len(turns) // 2)
 

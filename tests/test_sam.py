@@ -10,12 +10,7 @@ import torch.nn.functional as F
 
 from common import SAM, frozen_bn_stats
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def sgd(params, lr=0.1, **more):

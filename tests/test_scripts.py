@@ -40,6 +40,7 @@ def folder(tmp_path_factory):
     done = call(sys.executable, *COMMANDS[0], "--results", folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] == "2 runs, 0 already finished" and done.stdout.count("\ndone: ") == 2
+    assert re.search(r"\ndone: \S+: test \d+\.\d\d% ", done.stdout)
     for script in forked:
         script.end()
     return folder
@@ -96,6 +97,7 @@ def test_result_files_have_what_the_contract_says(folder, script):
         assert removed == round(config.get("sparsity", 0) * (784 * 30 + 30 * 20 + 20 * 10))
         assert result["env"].keys() == {"python", "torch", "torchvision", "device", "threads", "commit", "seconds"}
         assert result["env"]["python"] == platform.python_version()
+        assert result["env"]["commit"] == (call("git", "rev-parse", "HEAD").stdout.strip() or None)
         assert result["env"]["device"].split() == [platform.machine(), torch.backends.cpu.get_cpu_capability()]
         assert math.isclose(result["env"]["seconds"], sum(row["seconds"] for row in history), abs_tol=0.01)
 

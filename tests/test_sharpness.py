@@ -81,6 +81,16 @@ def test_it_equals_the_explicit_hessians(float64, make, loss, masked):
     assert 0 <= found["lambda_max_residual"] < 1e-3 and 0 <= found["s2_residual"] < 1e-3
     if loss is negative and not masked:  # the largest in magnitude is another one, which a power iteration would find
         assert expected["lambda_min"] < -1.2 * expected["lambda_max"]
+    single = sharpness(model.float(), loss, x.float(), y, masks and [mask.float() for mask in masks])
+    for key in ("lambda_max", "trace", "s2"):  # as the scripts measure them
+        assert math.isclose(single[key], expected[key], rel_tol=1e-3), key
+
+
+def test_the_residual_has_its_closed_form(float64):
+    """After one Lanczos step more than the start, (1, 1, 1), which spans (-1, 0, 1) with it."""
+    A = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    value, residual = common.largest_eigenpair(lambda v: A @ v, torch.ones(3), basis=2, restarts=1)
+    assert math.isclose(value, 2 + math.sqrt(2 / 3)) and math.isclose(residual, math.sqrt(1 / 6) / value)
 
 
 @pytest.mark.parametrize("kept", [1.0, 0.3])

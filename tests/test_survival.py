@@ -609,8 +609,7 @@ def test_a_full_disk_is_one_line_and_what_was_written_before_is_intact(twins, ti
     assert [path.read_bytes() for path in twins] == [path.read_bytes() for path in tiny]
 
 
-def test_a_long_host_name_is_no_matter(tmp_path, monkeypatch):
-    monkeypatch.setattr("platform.node", lambda: "h" * 63)
+def test_a_long_name_leaves_room_for_the_temporary_ones(tmp_path):
     (config,) = runs(mlp_width, tmp_path, *SMALL, "--hidden", 9, "--epochs", 1, "--data-dir", "x" * 300)
     common.write(common.result_path(config), b"{}")
     assert common.result_path(config).read_bytes() == b"{}"
@@ -667,7 +666,13 @@ def test_a_sweeps_models_are_freed_one_after_the_other(tmp_path, monkeypatch, fl
 
 
 def test_memory_that_does_not_suffice_is_one_line(tmp_path, monkeypatch, capsys):
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")):
+    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("can't allocate memory"),
+        cublas,
+    ):
 
         def fail(config, error=error):
             raise error

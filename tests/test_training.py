@@ -474,5 +474,7 @@ def test_the_copies_of_the_papers_settings_agree():
     for paper, settings in shown:
         assert len(paper.keys() & settings.keys()) >= 7
         assert all(paper[key] == settings[key] for key in paper.keys() & settings.keys())
+    for name, counts in (("mnist", MLP_COUNTS), ("cifar10", RESNET_COUNTS)):
+        assert [int(x) for x in plot.PAPER[name][1].split()[::2]] == [*counts.values()]
     _, (x, y) = mlp_width.curve(argparse.Namespace(val_size=0))
     assert all(np.allclose(ours, theirs) for ours, theirs in zip(plot.CURVE, (x[:, 0], y[:, 0])))
