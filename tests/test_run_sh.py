@@ -258,8 +258,9 @@ def test_the_readme_counts_the_runs_and_no_shipped_result_is_without_its_command
 def test_quick_is_every_experiment_on_the_shipped_images():
     found = runs(listed("quick"))
     items = {item for one in found for item in one}
-    parts = """noise=0.5 noise=0.75 perturb=last perturb=rest filters= dataset=teacher dataset=curve-scaled dataset=curve
-        weight-decay=0 epochs=30 hidden=100-100-100-100 pruner=snip loss=mse sharpness= schedule=constant"""
+    parts = """noise=0.5 noise=0.75 perturb=last perturb=rest filters= dataset=teacher dataset=curve-scaled
+        dataset=curve weight-decay=0 epochs=30 hidden=100-100-100-100 pruner=snip loss=mse sharpness=
+        schedule=constant"""
     for part in parts.split():
         assert part in items or part.endswith("=") and any(item.startswith(part) for item in items), part
     for one in found:
