@@ -70,14 +70,16 @@ def interval(values):
 
 
 def trend(points):
-    """Of points (x, {seed: value}), by seed: least-squares slope per tenfold x, last minus first, mean; over all x if
-    three seeds or more have them, else over those that all seeds have, or, below two, that all but the rarest have."""
+    """Of points (x, {seed: value}), by seed: least-squares slope per tenfold x, last minus first, mean; over the most x
+    that three seeds or more share, or those that fewer share, as many as have two x in common."""
     seeds = sorted({s for _, v in points for s in v}, key=lambda s: (-sum(s in v for _, v in points), str(s)))
-    complete = sum(all(s in v for _, v in points) for s in seeds)
-    for n in [complete] * (complete > 2) + [*range(len(seeds), 0, -1)]:
-        whole = [(math.log10(x), [v[s] for s in seeds[:n]]) for x, v in points if v.keys() >= {*seeds[:n]}]
-        if len({x for x, _ in whole}) > 1:
-            x, values = map(np.array, zip(*whole))
+    whole = {
+        n: [(math.log10(x), [v[s] for s in seeds[:n]]) for x, v in points if v.keys() >= {*seeds[:n]}]
+        for n in range(len(seeds), 0, -1)
+    }
+    for n in sorted(whole, key=lambda n: -len(whole[n]) if n > 2 else 0):
+        if len({x for x, _ in whole[n]}) > 1:
+            x, values = map(np.array, zip(*whole[n]))
             return [dict(zip(seeds, n)) for n in (np.polyfit(x, values, 1)[0], values[-1] - values[0], values.mean(0))]
     return [{}, {}, {}]
 

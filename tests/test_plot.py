@@ -655,6 +655,7 @@ def test_seeds_that_lack_the_widest_are_left_out_where_three_have_it():
     wide = {seed: seed + 2.0 for seed in range(3)}
     slopes, ends, _ = plot.trend([(10, narrow), (100, narrow), (1000, wide)])
     assert slopes == pytest.approx({0: 1, 1: 1, 2: 1}) and ends == pytest.approx({0: 2, 1: 2, 2: 2})
+    assert plot.trend([(10, narrow), (100, narrow), (1000, wide), (10_000, {0: 9.0})])[0] == slopes
     slopes, ends, _ = plot.trend([(10, narrow), (100, narrow), (1000, {0: 5.0, 1: 5.0})])
     assert slopes == pytest.approx(dict.fromkeys(range(5), 0)) and len(ends) == 5
 
