@@ -150,6 +150,7 @@ class Cell:  # One network: SGD's runs by number of epochs and seed, one kind of
             radii.pop()
         self.radii, self.shared = sorted(radii), sorted(shared, key=str) if radii else []
         self.chosen = {stop: choose([self], stop) for stop in STOPS}
+        self.curved = any(self.values("SAM", "lambda_max", rho) for rho in self.radii)  # its curvature was measured
 
     def pairs(self, rho=None, stop="last", twice=False):  # [(SGD's run, SAM's)] of each seed, at this rho or the best
         sam, sgd = self.sam.get(self.chosen[stop][0] if rho is None else rho, {}), self.twice if twice else self.sgd
@@ -288,8 +289,8 @@ def workloads(folder):
     for key, cell in [(key, c) for key, made in cells.items() for c in made if len({*c.run.layers}) == 1]:
         depths[freeze(json.loads(key) | {"shape": f"layers of {cell.run.layers[0]}"})].append(cell)
     depths = {key: made for key, made in depths.items() if len(made) > 1}  # a width and a depth; then the latter alone
-    deep = {id(cell) for made in depths.values() for cell in made}
-    cells = {key: made for key, made in cells.items() if len(made) > 1 or id(made[0]) not in deep} | depths
+    deep = sum(depths.values(), [])
+    cells = {key: made for key, made in cells.items() if len(made) > 1 or made[0] not in deep} | depths
     loads |= {key: Workload(json.loads(key), made, loads) for key, made in cells.items()}
     used = set()
     for c in sum(cells.values(), []):  # other numbers of epochs: for tuning, which takes held-out data
@@ -393,8 +394,7 @@ def sheet(loads, *rows):
             ax.set_yscale("log" if number in ("train_loss", "bend of y") else "linear")
             if row[0].startswith("{0}"):
                 ax.axhline(0, color="black", linewidth=0.7, zorder=0)
-                gain = load.trends(number if number in STOPS else "last").get("gain")
-                if gain and series:
+                if series and (gain := load.trends(number if number in STOPS else "last").get("gain")):
                     ax.set_title(f"{ax.get_title()}\nn={len(gain)}: {load.say(gain)}".strip())
             ax.title.set_fontsize(7 if across > 2 else 8)
             used = sum(series.values(), load.points("SGD") + load.points("dense"))
@@ -449,12 +449,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
     def accuracy_by_width(self):
         """SGD and SAM on test data, and SGD of twice the epochs, where it was run; below, on training data, where
         labels are flipped also by their originals. Dashed, synthetic data: the noise floor, and a constant's loss."""
-        rows = (
-            ("{1}", "SGD, SAM, twice"),
-            ("{2}", "SGD, SAM", "train_{3}"),
-            ("on true labels (%)", "SGD, SAM", "train_clean_acc"),
-        )
-        fig = sheet(self.of("clean", "noisy"), *rows)
+        rows = ("{1}", "SGD, SAM, twice"), ("{2}", "SGD, SAM", "train_{3}")
+        fig = sheet(self.of("clean", "noisy"), *rows, ("on true labels (%)", "SGD, SAM", "train_clean_acc"))
         for top in [axes[0] for axes, load in fig.columns if load.dataset == "teacher"]:
             top.hlines([1, 1.306], *top.get_xlim(), "black", "--", label="noise, a constant", linewidth=0.7)
         return fig
@@ -552,7 +548,7 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
     def sharpness(self):
         """Largest eigenvalue of the Hessian on some training images, its non-uniformity s2, training loss; by rho.
         Dashed: the paper's bounds (squared loss, constant rate; un-normalized SAM at batch 1, so references only)."""
-        loads = [a for a in self if any(c.values("SAM", "lambda_max", rho) for c in a.cells for rho in c.radii)]
+        loads = [load for load in self if any(c.curved for c in load.cells)]
         rows = ("largest\neigenvalue", "lambda_max"), ("s2", "s2"), ("training loss", "train_loss")
         fig = sheet(loads, *[(name, "SGD, SAM", key) for name, key in rows], *[(name,) for name, _ in rows[:2]])
         for (_, _, _, *below), load in fig.columns:
@@ -608,8 +604,7 @@ def summary(loads):  # Markdown: the trends, and a table for each workload
             row["tuned"] = "".join(f"{a.epochs:g}; {b.epochs:g}, rho {b.rho:g}" for a, b in load.tuned(c)[:1])
             numbers = "last paper train_acc train_loss lambda_max s2 trace rate R^2 share".split() + ["bend of y"]
             found = {f"{who} {number}": c.values(who, number) for number in numbers for who in ("SGD", "SAM")}
-            measured = any(c.values("SAM", "lambda_max", rho) for rho in c.radii)
-            curved = ("lambda_max", "s2", "train_loss") if measured else ()
+            curved = ("lambda_max", "s2", "train_loss") if c.curved else ()
             found |= {f"{name} at rho {rho:g}": c.values("SAM", name, rho) for name in curved for rho in c.tried}
             row |= {name: rounded(values) for name, values in found.items() if values}
             shown = {"gain": c.values("gain")} | {f"gain at rho {rho:g}": c.values("gain", rho=rho) for rho in c.radii}

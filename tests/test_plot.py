@@ -87,7 +87,7 @@ def test_the_interval_is_students():
     assert mean == 2 and math.isclose(half, 4.3027 / math.sqrt(3), rel_tol=1e-4)
     mean, half = plot.interval({0: 5})
     assert mean == 5 and math.isnan(half)
-    for n in range(2, 41):  # P(|T| < t), by the integral of T's density
+    for n in (*range(2, 41), 101):  # P(|T| < t), by the integral of T's density
         df, t = n - 1, plot.interval({i: float(i) for i in range(n)})[1] * math.sqrt(n) / np.std(range(n), ddof=1)
         x, scale = np.linspace(0, t, 100_001), math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2))
         density = scale / math.sqrt(df * math.pi) * (1 + x * x / df) ** (-(df + 1) / 2)
@@ -847,7 +847,7 @@ def test_where_nothing_can_be_drawn_is_one_line_and_status_2(tmp_path, runs):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--results" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [["--fig", "x"], ["--figures", "README.md"]])
+@pytest.mark.parametrize("flags", [["--colour", "red"], ["--fig", "x"], ["--figures", "README.md"]])
 def test_bad_flags_are_one_line_and_status_2(tmp_path, flags):
     save(tmp_path, pair())
     done = draw(tmp_path, *flags)
