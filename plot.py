@@ -531,6 +531,8 @@ class Figures(list):  # All workloads; a method draws a figure, its docstring is
                     ax.plot(run.function["x"], y, color=SGD if run.rho is None else SAM, linewidth=0.7)
                 ax.plot(*CURVE, ".", color="black", markersize=4)
                 ax.set(xscale="linear", xlabel="x", ylabel=f"width {c.width}", yticks=range(-4, 5, 2))
+            for ax in axes[len(shown) :]:  # of a workload of fewer widths
+                ax.set_visible(False)
             draw(bend, load.points("SGD", "bend of y_initial"), "at initialization", "^:", "black")
         return fig
 

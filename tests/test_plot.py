@@ -645,6 +645,16 @@ def test_a_curves_functions_are_in_the_colours_of_sgd_and_sam(tmp_path):
     assert drawn == {plot.SGD: [0, 1, 0], plot.SAM: [0, 2, 0]}
 
 
+def test_no_frame_is_empty_where_one_curve_has_fewer_widths(tmp_path):
+    extra = {"function": {"x": [0, 1, 2], "y": [0, 1, 0]}}
+    widths = [("curve", h) for h in (10, 100, 1000)] + [("curve-scaled", h) for h in (10, 1000)]
+    settings = [{"dataset": d, "hidden": str(h), "params": 3 * h, "epochs": 4} for d, h in widths]
+    runs = [number_run(rho, extra=extra, **one) for one in settings for rho in (None, 0.2)]
+    fig = plot.Figures(read(tmp_path, runs)[0]).functions()
+    shown = {load.dataset: [ax.get_visible() for ax in axes] for axes, load in fig.columns}
+    assert shown == {"curve": [True] * 5, "curve-scaled": [True, True, False, True, True]}
+
+
 def test_pruner_and_sparsity_zero_are_dense(tmp_path):
     loads, left = read(tmp_path, [*pair(hidden="75-25"), *pair(script="sparsity", sparsity=0.0, pruner="snip")])
     assert len(loads) == 1 and len(loads[0].cells) == 2 and not left
