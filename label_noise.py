@@ -17,32 +17,44 @@ import math
 
 import numpy as np
 import torch
+from torch.optim import SGD
 
-from common import (
-    LOSSES,
-    SAM,
-    Recorder,
-    Scores,
-    average_gradients,
-    batches,
-    bounded_number,
-    build_model,
-    drop_gradients,
-    evaluate,
-    flags,
-    from_main,
-    frozen_bn_stats,
-    last_layer_share,
-    learning_rate,
-    load_data,
-    main,
-    measure_sharpness,
-)
+from common import SAM, Recorder, Scores, batches, build_model, evaluate, frozen_bn_stats, learning_rate, load_data
+from common import bounded_number, flags, main
 
-MNIST = {"dataset": "mnist", "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
-MNIST |= {"loss": "ce", "schedule": "step", "milestones": (0.25, 0.5, 0.75)}
-CIFAR10 = MNIST | {"dataset": "cifar10", "epochs": 200, "weight_decay": 5e-4, "milestones": (0.5, 0.75)}
-SETTINGS = {"hidden": MNIST, "filters": CIFAR10}  # the paper's, by the flag that picks the model
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: the paper's, by the flag that picks the model; each has a flag of its own
+# ----------------------------------------------------------------------------------------------------------------------
+
+MNIST = {  # --hidden
+    "dataset": "mnist",
+    "epochs": 100,
+    "batch_size": 128,
+    "lr": 0.1,
+    "momentum": 0.9,  # not Nesterov's
+    "weight_decay": 1e-4,
+    "loss": "ce",
+    "schedule": "step",
+    "milestones": (0.25, 0.5, 0.75),  # as in the paper's code; its text says 0.5 and 0.75
+    "warmup": 0,
+}
+
+CIFAR10 = {  # --filters
+    "dataset": "cifar10",
+    "epochs": 200,
+    "batch_size": 128,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "loss": "ce",
+    "schedule": "step",
+    "milestones": (0.5, 0.75),
+    "warmup": 0,
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The noise, and which parameters SAM perturbs
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def flip_labels(labels, noise, classes, seed):
@@ -52,62 +64,103 @@ def flip_labels(labels, noise, classes, seed):
     """
     rng = np.random.default_rng((seed, 0))  # epochs count from 1: a stream apart from the data order's
     chosen = rng.permutation(len(labels))[: round(noise * len(labels))]
+
     shifts = np.zeros(len(labels), dtype=np.int64)
     shifts[chosen] = rng.integers(1, classes, len(chosen))
     return (labels + torch.from_numpy(shifts).to(labels.device)) % classes
 
 
+def last_layer(model):
+    """The parameters with gradients of the last module that has any."""
+    for module in reversed([*model.modules()]):
+        own = [p for p in module.parameters(recurse=False) if p.grad is not None]
+        if own:
+            return own
+
+
+def last_layer_share(model):
+    """The last layer's share of |g|^2, a tensor, 0 where g is 0."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    squares = torch.stack(torch._foreach_norm(grads)) ** 2
+    last = squares[-len(last_layer(model)) :]  # parameters() lists it last
+    return last.sum() / squares.sum().clamp(min=1e-38)
+
+
+def choose_perturbation(model, perturb, seed, step):
+    """Changes the gradients that SAM's perturbation is made of, as --perturb says; it always has the norm rho."""
+    if perturb == "random":
+        key = np.random.SeedSequence((seed, step, 1)).generate_state(1)  # a stream apart from the data order's
+        rng = torch.Generator(next(model.parameters()).device).manual_seed(int(key[0]))
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=rng, device=p.device)
+
+    if perturb in ("last", "rest"):
+        last = set(last_layer(model))
+        for p in model.parameters():
+            if (p in last) != (perturb == "last"):
+                p.grad = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def train(config):
     data = load_data(config)
-    model = build_model(config, data)
+    loss_fn = data.loss_fn
     clean = data.train.targets
     noisy = flip_labels(clean, config.noise, data.outputs, config.seed)
-    loss_fn = LOSSES[config.loss]
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
-    )
+
+    model = build_model(config, data)
+    optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
     sam = SAM(optimizer, config.rho, config.adaptive) if config.sam else None
-    recorder = Recorder(config, model, optimizer)
-    steps_per_epoch = math.ceil(len(data.train.targets) / config.batch_size)
+    recorder = Recorder(config, data, model, optimizer)
+    steps_per_epoch = math.ceil(len(clean) / config.batch_size)
 
     for epoch in recorder.epochs():
         model.train()
-        scores, share = Scores(loss_fn), 0  # share: of the last layer in |g|^2
-        for step, (x, y, clean_y) in enumerate(
-            batches(data, config, epoch, noisy, clean), (epoch - 1) * steps_per_epoch
-        ):
+        scores = Scores(loss_fn)
+        share = 0  # of the last layer in |g|^2
+        first_step = (epoch - 1) * steps_per_epoch
+
+        for step, (x, y, clean_y) in enumerate(batches(data, config, epoch, noisy, clean), first_step):
             lr = learning_rate(config, step, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+
             optimizer.zero_grad()
             outputs = model(x)
             loss_fn(outputs, y).backward()
+
             if sam:
                 share += last_layer_share(model)
-                drop_gradients(model, config.perturb)
-                sam.perturb()
+                choose_perturbation(model, config.perturb, config.seed, step)
+                sam.perturb()  # w becomes w + e
                 with frozen_bn_stats(model):  # the statistics are those of the first pass alone
                     loss_fn(model(x), y).backward()
-            if config.processes > 1:
-                average_gradients(model, len(y))
-            if sam:
-                sam.step()  # restores w, then takes the optimizer's step
+                sam.step()  # w again, then the optimizer's step
             else:
                 optimizer.step()
+
             scores.add(outputs, y, clean_y)
-        row = {"epoch": epoch, "lr": lr, **scores.means("train_loss", "train_acc", "train_clean_acc")}
-        row |= evaluate(model, loss_fn, data.test, "test") | evaluate(model, loss_fn, data.val, "val")
+
+        row = {"epoch": epoch, "lr": lr}
+        row.update(scores.means("train_loss", "train_acc", "train_clean_acc"))
+        row.update(evaluate(model, loss_fn, data.test, "test"))
+        row.update(evaluate(model, loss_fn, data.val, "val"))
         if sam:
-            row["last_layer_share"] = from_main((share / steps_per_epoch).item())
+            row["last_layer_share"] = (share / steps_per_epoch).item()
         recorder.end_epoch(row)
 
-    curvature = measure_sharpness(recorder, loss_fn, data.train, noisy)
-    recorder.finish(num_test=len(data.test.targets), sharpness=curvature)
+    recorder.finish(targets=noisy)
 
 
 if __name__ == "__main__":
-    parser = flags(__doc__, SETTINGS, "hidden", "filters")
-    text = "fraction of the training labels replaced (default: 0.5)"
+    parser = flags(__doc__, "hidden", "filters")
     fraction = bounded_number(float, 0, 1, closed=True)
+    text = "fraction of the training labels replaced (default: 0.5)"
     parser.add_argument("--noise", type=fraction, nargs="+", default=[0.5], metavar="P", help=text)
-    main(parser, train, lambda args: SETTINGS["hidden" if args.hidden else "filters"])
+    text = "what SAM perturbs: all parameters (default), the last layer's, the rest; or all in a random direction"
+    parser.add_argument("--perturb", choices=["all", "last", "rest", "random"], default="all", help=text)
+    main(parser, train, lambda args: MNIST if args.hidden else CIFAR10)

@@ -14,62 +14,97 @@ import math
 
 import numpy as np
 import torch
+from torch.optim import SGD
 
-from common import (
-    LOSSES,
-    SAM,
-    Recorder,
-    Scores,
-    average_gradients,
-    batches,
-    bounded_number,
-    build_model,
-    drop_gradients,
-    evaluate,
-    flags,
-    from_main,
-    frozen_bn_stats,
-    last_layer_share,
-    learning_rate,
-    load_data,
-    main,
-    measure_sharpness,
-)
+from common import SAM, Recorder, Scores, batches, build_model, evaluate, frozen_bn_stats, learning_rate, load_data
+from common import bounded_number, flags, main, tell
 
-MNIST = {"dataset": "mnist", "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
-MNIST |= {"loss": "ce", "schedule": "step", "milestones": (0.25, 0.5, 0.75)}
-CIFAR10 = MNIST | {"dataset": "cifar10", "epochs": 200, "weight_decay": 5e-4, "milestones": (0.5, 0.75)}
-SETTINGS = {"hidden": MNIST, "filters": CIFAR10}  # the paper's, by the flag that picks the model
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: the paper's, by the flag that picks the model; each has a flag of its own
+# ----------------------------------------------------------------------------------------------------------------------
+
+MNIST = {  # --hidden
+    "dataset": "mnist",
+    "epochs": 100,
+    "batch_size": 128,
+    "lr": 0.1,
+    "momentum": 0.9,  # not Nesterov's
+    "weight_decay": 1e-4,
+    "loss": "ce",
+    "schedule": "step",
+    "milestones": (0.25, 0.5, 0.75),  # as in the paper's code; its text says 0.5 and 0.75
+    "warmup": 0,
+}
+
+CIFAR10 = {  # --filters
+    "dataset": "cifar10",
+    "epochs": 200,
+    "batch_size": 128,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "loss": "ce",
+    "schedule": "step",
+    "milestones": (0.5, 0.75),
+    "warmup": 0,
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def keep_highest(scores, count):
     """Masks like the list of tensors `scores`, False at the `count` lowest of all their scores together."""
-    mask = torch.ones(sum(s.numel() for s in scores), dtype=torch.bool, device=scores[0].device)
-    mask[torch.cat([s.flatten() for s in scores]).argsort()[:count]] = False
-    return [part.view_as(s) for part, s in zip(mask.split([s.numel() for s in scores]), scores)]
+    flat = torch.cat([s.flatten() for s in scores])
+    mask = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    mask[flat.argsort()[:count]] = False
+
+    parts = mask.split([s.numel() for s in scores])
+    return [part.view_as(s) for part, s in zip(parts, scores)]
 
 
-def prune(model, kernels, loss_fn, config, data):
-    """The kernels' masks, True where a weight is kept: of n weights, or of a layer's n (random), round(sparsity n) go.
+def random_masks(kernels, sparsity, seed):
+    """An equal share of each layer, chosen uniformly."""
+    rng = np.random.default_rng((seed, 0))  # epochs count from 1: a stream apart from the data order's
+    masks = []
 
-    random: an equal share of each layer, chosen uniformly; magnitude: the smallest |w| of all layers together;
-    snip: the smallest |w g| of all layers together, g the gradient on one training batch (Lee et al., ICLR 2019).
+    for w in kernels:
+        scores = torch.from_numpy(rng.random(w.shape, np.float32)).to(w.device)
+        masks += keep_highest([scores], round(sparsity * w.numel()))
+
+    return masks
+
+
+def snip_scores(model, kernels, data, config):
+    """|w g| of each weight, g the gradient on one training batch (Lee et al., ICLR 2019)."""
+    x, y = next(batches(data, config, epoch=1))
+    dtype = kernels[0].dtype
+    model.double()  # or rounding chooses, in which devices and kernels differ
+
+    with frozen_bn_stats(model):
+        data.loss_fn(model(x.double()), y).backward()
+
+    gradients = [w.grad.abs() for w in kernels]
+    model.to(dtype)
+    return [w.detach().abs() * g for w, g in zip(kernels, gradients)]
+
+
+def prune(model, kernels, data, config):
+    """The kernels' masks, True where a weight is kept: round(sparsity n) of n weights go.
+
+    random: of each layer's n; snip and magnitude: of all layers' n together, those with the smallest |w g| or |w|.
     """
     if config.pruner == "random":
-        rng = np.random.default_rng((config.seed, 0))  # epochs count from 1: a stream apart from the data order's
-        scores = [torch.from_numpy(rng.random(w.shape, np.float32)).to(w.device) for w in kernels]
-        return [keep_highest([s], round(config.sparsity * s.numel()))[0] for s in scores]
-    scores = [w.detach().abs() for w in kernels]
+        return random_masks(kernels, config.sparsity, config.seed)
+
     if config.pruner == "snip":
-        x, y = next(batches(data, config, 1))
-        model.double()  # or rounding chooses, in which devices and kernels differ
-        with frozen_bn_stats(model):
-            loss_fn(model(x.double()), y).backward()
-        if config.processes > 1:
-            average_gradients(model, len(y))  # so that all prune alike
-        scores = [s * w.grad.abs() for s, w in zip(scores, kernels)]
-        model.to(x.dtype)
-    return keep_highest(scores, round(config.sparsity * sum(s.numel() for s in scores)))
+        scores = snip_scores(model, kernels, data, config)
+    else:
+        scores = [w.detach().abs() for w in kernels]
+
+    total = sum(w.numel() for w in kernels)
+    return keep_highest(scores, round(config.sparsity * total))
 
 
 def mask_weight(weight, mask):
@@ -82,69 +117,77 @@ def mask_weight(weight, mask):
     weight.register_post_accumulate_grad_hook(mask_gradient)
 
 
+def tell_of_empty_layers(model, masks, config):
+    names = {w: name for name, w in model.named_parameters()}
+    empty = [names[w] for w, mask in masks.items() if not mask.any()]
+
+    if empty:
+        what = f"--sparsity {config.sparsity} --pruner {config.pruner}"
+        tell(f"{what}: no weight is left in {', '.join(empty)}; the network's output can't depend on its input there")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def train(config):
     data = load_data(config)
+    loss_fn = data.loss_fn
     model = build_model(config, data)
-    loss_fn = LOSSES[config.loss]
+
     kernels = [w for w in model.parameters() if w.ndim > 1]
-    masks = dict(zip(kernels, prune(model, kernels, loss_fn, config, data)))
+    masks = dict(zip(kernels, prune(model, kernels, data, config)))
+    tell_of_empty_layers(model, masks, config)
     for w, mask in masks.items():
         mask_weight(w, mask.to(w))
-    removed = sum(int((~mask).sum()) for mask in masks.values())
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
-    )
+
+    optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
     sam = SAM(optimizer, config.rho, config.adaptive) if config.sam else None
-    recorder = Recorder(config, model, optimizer)
+    recorder = Recorder(config, data, model, optimizer)
     steps_per_epoch = math.ceil(len(data.train.targets) / config.batch_size)
 
     for epoch in recorder.epochs():
         model.train()
-        scores, share = Scores(loss_fn), 0  # share: of the last layer in |g|^2
-        for step, (x, y) in enumerate(batches(data, config, epoch), start=(epoch - 1) * steps_per_epoch):
+        scores = Scores(loss_fn)
+        first_step = (epoch - 1) * steps_per_epoch
+
+        for step, (x, y) in enumerate(batches(data, config, epoch), first_step):
             lr = learning_rate(config, step, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+
             optimizer.zero_grad()
             outputs = model(x)
             loss_fn(outputs, y).backward()
+
             if sam:
-                share += last_layer_share(model)
-                drop_gradients(model, config.perturb)
-                sam.perturb()
+                sam.perturb()  # w becomes w + e
                 with frozen_bn_stats(model):  # the statistics are those of the first pass alone
                     loss_fn(model(x), y).backward()
-            if config.processes > 1:
-                average_gradients(model, len(y))
-            if sam:
-                sam.step()  # restores w, then takes the optimizer's step
+                sam.step()  # w again, then the optimizer's step
             else:
                 optimizer.step()
+
             scores.add(outputs, y)
-        row = {"epoch": epoch, "lr": lr, **scores.means("train_loss", "train_acc")}
-        row |= evaluate(model, loss_fn, data.test, "test") | evaluate(model, loss_fn, data.val, "val")
-        if sam:
-            row["last_layer_share"] = from_main((share / steps_per_epoch).item())
+
+        row = {"epoch": epoch, "lr": lr}
+        row.update(scores.means("train_loss", "train_acc"))
+        row.update(evaluate(model, loss_fn, data.test, "test"))
+        row.update(evaluate(model, loss_fn, data.val, "val"))
         recorder.end_epoch(row)
 
-    recorder.finish(
-        num_test=len(data.test.targets),
-        num_nonzero=sum(p.numel() for p in model.parameters()) - removed,
-        sharpness=measure_sharpness(
-            recorder,
-            loss_fn,
-            data.train,
-            data.train.targets,
-            [masks.get(p, torch.ones_like(p)) for p in model.parameters()],
-        ),
-    )
+    removed = sum(int((~mask).sum()) for mask in masks.values())
+    num_params = sum(p.numel() for p in model.parameters())
+    directions = [masks.get(p, torch.ones_like(p)) for p in model.parameters()]
+    recorder.finish(masks=directions, num_nonzero=num_params - removed)
 
 
 if __name__ == "__main__":
-    parser = flags(__doc__, SETTINGS, "hidden", "filters")
-    text = "fraction of the kernel weights removed (default: 0.9)"
+    parser = flags(__doc__, "hidden", "filters")
     below_1 = bounded_number(float, 0, 1)
+    text = "fraction of the kernel weights removed (default: 0.9)"
     parser.add_argument("--sparsity", type=below_1, nargs="+", default=[0.9], metavar="S", help=text)
     text = "how they are chosen (default: random)"
     parser.add_argument("--pruner", choices=["random", "snip", "magnitude"], default="random", help=text)
-    main(parser, train, lambda args: SETTINGS["hidden" if args.hidden else "filters"])
+    main(parser, train, lambda args: MNIST if args.hidden else CIFAR10)
