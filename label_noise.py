@@ -5,12 +5,12 @@
         --sam --rho 0.05 0.1 0.2
     python plot.py
 
-The noise is symmetric and in the training labels alone; held-out and test labels stay clean. The result file has the
-accuracy on the labels trained on, the flipped among them (train_acc), and on their originals (train_clean_acc). plot.py
-takes the clean runs beside them from mlp_width.py and resnet_width.py; a run takes as long as theirs.
+Of the training labels, a fraction becomes another class, any of them equally likely ("symmetric"); held-out and test
+labels stay clean. The result file has two training accuracies: train_acc on the labels trained on, flipped or not, and
+train_clean_acc on the original ones. A run takes as long as a clean one of mlp_width.py or resnet_width.py.
 
-The gain after the last epoch, tens of points, is mostly SGD fitting the flipped labels. Run both with fewer epochs, too
-(--epochs 12, 24), and plot.py also gives the gain where each has the number that suits it: about 1 point on MNIST.
+The gain after the last epoch, tens of points, is mostly SGD fitting the flipped labels: SGD trained for 12 epochs in
+place of 100 (--epochs 12) does not, and comes close to SAM.
 """
 
 import math
@@ -23,7 +23,7 @@ from common import SAM, Recorder, Scores, batches, build_model, evaluate, frozen
 from common import bounded_number, flags, main
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings: the paper's, by the flag that picks the model; each has a flag of its own
+# Settings: the paper's, by the flag that picks the model; all but the milestones have a flag of their own
 # ----------------------------------------------------------------------------------------------------------------------
 
 MNIST = {  # --hidden
@@ -53,7 +53,7 @@ CIFAR10 = {  # --filters
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The noise, and which parameters SAM perturbs
+# The noise
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -62,12 +62,17 @@ def flip_labels(labels, noise, classes, seed):
 
     The images of a lower noise rate are among those of a higher one.
     """
-    rng = np.random.default_rng((seed, 0))  # epochs count from 1: a stream apart from the data order's
+    rng = np.random.default_rng((seed, 0))  # batches() takes (seed, epoch), which counts from 1
     chosen = rng.permutation(len(labels))[: round(noise * len(labels))]
 
     shifts = np.zeros(len(labels), dtype=np.int64)
     shifts[chosen] = rng.integers(1, classes, len(chosen))
     return (labels + torch.from_numpy(shifts).to(labels.device)) % classes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which parameters SAM perturbs (--perturb), and the last layer's part in that
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def last_layer(model):
@@ -82,14 +87,14 @@ def last_layer_share(model):
     """The last layer's share of |g|^2, a tensor, 0 where g is 0."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(grads)) ** 2
-    last = squares[-len(last_layer(model)) :]  # parameters() lists it last
-    return last.sum() / squares.sum().clamp(min=1e-38)
+    last = squares[-len(last_layer(model)) :]  # parameters() lists the last module's last
+    return last.sum() / squares.sum().clamp(min=1e-38)  # no division by 0
 
 
 def choose_perturbation(model, perturb, seed, step):
     """Changes the gradients that SAM's perturbation is made of, as --perturb says; it always has the norm rho."""
     if perturb == "random":
-        key = np.random.SeedSequence((seed, step, 1)).generate_state(1)  # a stream apart from the data order's
+        key = np.random.SeedSequence((seed, step, 1)).generate_state(1)  # apart from (seed, epoch)
         rng = torch.Generator(next(model.parameters()).device).manual_seed(int(key[0]))
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=rng, device=p.device)
@@ -107,6 +112,7 @@ def choose_perturbation(model, perturb, seed, step):
 
 
 def train(config):
+    """One run: config has one value of every flag."""
     data = load_data(config)
     loss_fn = data.loss_fn
     clean = data.train.targets
@@ -146,18 +152,18 @@ def train(config):
             scores.add(outputs, y, clean_y)
 
         row = {"epoch": epoch, "lr": lr}
-        row.update(scores.means("train_loss", "train_acc", "train_clean_acc"))
+        row.update(scores.means("train_loss", "train_acc", "train_clean_acc"))  # of y, y, clean_y
         row.update(evaluate(model, loss_fn, data.test, "test"))
         row.update(evaluate(model, loss_fn, data.val, "val"))
         if sam:
             row["last_layer_share"] = (share / steps_per_epoch).item()
         recorder.end_epoch(row)
 
-    recorder.finish(targets=noisy)
+    recorder.finish(targets=noisy)  # on which --sharpness is measured
 
 
 if __name__ == "__main__":
-    parser = flags(__doc__, "hidden", "filters")
+    parser = flags(__doc__, "hidden", "filters")  # a flag added to it is in a run's name where not at its default
     fraction = bounded_number(float, 0, 1, closed=True)
     text = "fraction of the training labels replaced (default: 0.5)"
     parser.add_argument("--noise", type=fraction, nargs="+", default=[0.5], metavar="P", help=text)

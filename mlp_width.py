@@ -20,7 +20,7 @@ from common import SAM, Recorder, Scores, batches, build_model, evaluate, frozen
 from common import DATASETS, MLP, exit_with_error, flags, main
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings, by data set; any other has MNIST's; each has a flag of its own
+# Settings, by data set; any other has MNIST's; all but the milestones have a flag of their own
 # ----------------------------------------------------------------------------------------------------------------------
 
 MNIST = {  # the paper's
@@ -123,6 +123,7 @@ def function_of(model, device):
 
 
 def train(config):
+    """One run: config has one value of every flag."""
     data = load_data(config)
     loss_fn = data.loss_fn
     model = build_model(config, data)

@@ -26,7 +26,7 @@ from common import LOSSES, Data, ResNet18, convolution, lecun_normal_, open_imag
 from common import bounded_number, exit_with_error, flags, launched_by_torchrun, main
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings: the paper's, by --depth; each has a flag of its own
+# Settings: the paper's, by --depth; all but the milestones have a flag of their own
 # ----------------------------------------------------------------------------------------------------------------------
 
 CIFAR10 = {
@@ -242,6 +242,7 @@ def build(config, data):
 
 
 def train(config):
+    """One run: config has one value of every flag."""
     data = load_images(config) if config.image_size else load_data(config)
     loss_fn = data.loss_fn
     model = build(config, data)

@@ -20,7 +20,7 @@ from common import SAM, Recorder, Scores, batches, build_model, evaluate, frozen
 from common import bounded_number, flags, main, tell
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings: the paper's, by the flag that picks the model; each has a flag of its own
+# Settings: the paper's, by the flag that picks the model; all but the milestones have a flag of their own
 # ----------------------------------------------------------------------------------------------------------------------
 
 MNIST = {  # --hidden
@@ -66,7 +66,7 @@ def keep_highest(scores, count):
 
 def random_masks(kernels, sparsity, seed):
     """An equal share of each layer, chosen uniformly."""
-    rng = np.random.default_rng((seed, 0))  # epochs count from 1: a stream apart from the data order's
+    rng = np.random.default_rng((seed, 0))  # batches() takes (seed, epoch), which counts from 1
     masks = []
 
     for w in kernels:
@@ -132,6 +132,7 @@ def tell_of_empty_layers(model, masks, config):
 
 
 def train(config):
+    """One run: config has one value of every flag."""
     data = load_data(config)
     loss_fn = data.loss_fn
     model = build_model(config, data)
