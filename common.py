@@ -44,7 +44,8 @@ class SAM:
 
     After a backward pass, `perturb()` moves w to w + e and clears the gradients: e = rho g / |g|, with one L2 norm over
     all parameters that have a gradient (adaptive, as in ASAM: e = rho w^2 g / |w g|). After another backward pass,
-    `step()` restores w bit for bit and takes the optimizer's step; `restore()` alone only restores.
+    `step()` restores w bit for bit and takes the optimizer's step; `restore()` alone only restores. `step(closure)`
+    does it all, where the closure clears the gradients, calls backward and returns the loss: it returns the loss at w.
 
     Parameters that FSDP2 shards have one norm over all shards; each process has to call `perturb()`. TypeError, with w
     as it was, for what has no param_groups and for sparse gradients; ValueError for a senseless rho.
@@ -96,7 +97,6 @@ class SAM:
         self.perturbed = []
 
     def step(self, closure=None):
-        """Restores w, steps. With a closure (clear, backward, return the loss): all of it; returns the loss at w."""
         loss = None
         try:
             if closure is not None:
