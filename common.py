@@ -120,9 +120,8 @@ def frozen_bn_stats(model):
     held = []  # (owner, name of the attribute, its value before)
 
     def hold(owner, name, value):
-        before = getattr(owner, name)
+        held.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
-        held.append((owner, name, before))
 
     try:
         for m in model.modules():
@@ -130,14 +129,16 @@ def frozen_bn_stats(model):
                 if m.training:  # in training, it updates whatever statistics it has
                     hold(m, "running_mean", None)
                     hold(m, "running_var", None)
-            elif getattr(m, "track_running_stats", False):
+            elif vars(m).get("track_running_stats"):  # a module's getattr is slow where there is nothing
                 hold(m, "track_running_stats", False)
 
-            for layer in (m, *m._forward_pre_hooks.values()):  # spectral_norm is a module, the old one a hook
-                if hasattr(layer, "n_power_iterations"):
-                    hold(layer, "n_power_iterations", 0)
+            if "n_power_iterations" in vars(m):  # of spectral_norm
+                hold(m, "n_power_iterations", 0)
+            for hook in m._forward_pre_hooks.values():  # and of the old one, which is a hook
+                if hasattr(hook, "n_power_iterations"):
+                    hold(hook, "n_power_iterations", 0)
 
-            if hasattr(m, "observer_enabled"):  # of fake quantization
+            if "observer_enabled" in m._buffers:  # of fake quantization
                 hold(m, "observer_enabled", torch.zeros_like(m.observer_enabled))
         yield
     finally:
