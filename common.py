@@ -40,15 +40,17 @@ from tqdm import tqdm
 
 
 class SAM:
-    """Sharpness-aware minimization around a torch optimizer, which alone holds state to save.
+    """Sharpness-aware minimization (Foret et al., ICLR 2021) around a torch optimizer, which alone holds state to save.
 
     After a backward pass, `perturb()` moves w to w + e and clears the gradients: e = rho g / |g|, with one L2 norm over
-    all parameters that have a gradient (adaptive, as in ASAM: e = rho w^2 g / |w g|). After another backward pass,
-    `step()` restores w bit for bit and takes the optimizer's step; `restore()` alone only restores. `step(closure)`
-    does it all, where the closure clears the gradients, calls backward and returns the loss: it returns the loss at w.
+    all parameters that have a gradient (adaptive: e = rho w^2 g / |w g|, as in ASAM, Kwon et al., ICML 2021). After
+    another backward pass, `step()` restores w bit for bit and takes the optimizer's step; `restore()` alone only
+    restores. `step(closure)` does it all, where the closure clears the gradients, calls backward and returns the loss,
+    and returns the loss at w.
 
     Parameters that FSDP2 shards have one norm over all shards; each process has to call `perturb()`. TypeError, with w
-    as it was, for what has no param_groups and for sparse gradients; ValueError for a senseless rho.
+    as it was, for what has no param_groups and for sparse gradients; ValueError for a rho that is negative or not
+    finite; RuntimeError for perturbing what is perturbed.
     """
 
     def __init__(self, optimizer, rho=0.05, adaptive=False):

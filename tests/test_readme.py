@@ -73,6 +73,7 @@ def block_with(text):
 
 def test_every_block_runs(blocks):
     assert LOOP in BLOCKS[0]
+    assert all(hasattr(p, "full_tensor") for p in blocks["sharded"].parameters())
     assert all("with frozen_bn_stats" in block for block in BLOCKS if "perturb()" in block)
 
 
