@@ -46,68 +46,112 @@ from tqdm import tqdm
 
 
 class SAM:
-    """Sharpness-aware minimization around any torch optimizer, which alone holds state to save.
+    """Sharpness-aware minimization (Foret et al., ICLR 2021) around a torch optimizer, which alone holds state to save.
 
-    After a backward pass, `perturb()` moves w to w + e, e = rho g / |g|, one L2 norm over all parameters (adaptive, as
-    in ASAM: e = rho w^2 g / |w g|), and clears the gradients. After another, `step()` restores w bit for bit and steps.
+    After a backward pass, `perturb()` moves w to w + e and clears the gradients: e = rho g / |g|, with one L2 norm over
+    all parameters that have a gradient (adaptive: e = rho w^2 g / |w g|, as in ASAM, Kwon et al., ICML 2021). After
+    another backward pass, `step()` restores w bit for bit and takes the optimizer's step; `restore()` alone only
+    restores. `step(closure)` does it all, where the closure clears the gradients, calls backward and returns the loss,
+    and returns the loss at w.
+
+    Parameters that FSDP2 shards have one norm over all shards; each process has to call `perturb()`. TypeError, with w
+    as it was, for what has no param_groups and for sparse gradients; ValueError for a rho that is negative or not
+    finite; RuntimeError for perturbing what is perturbed.
     """
 
     def __init__(self, optimizer, rho=0.05, adaptive=False):
-        if not 0 <= rho < float("inf"):
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"SAM wraps an optimizer, such as torch.optim.SGD(...), not a {type(optimizer).__name__}")
+        if not 0 <= float(rho) < float("inf"):
             raise ValueError(f"rho must be finite and not negative, but is {rho}")
-        self.optimizer, self.rho, self.adaptive = optimizer, rho, adaptive
-        self.copies = {}  # of w, by parameter; allocated once: fresh memory at every step costs page faults
-        self.perturbed = []  # the parameters that stand at w + e
+
+        self.optimizer = optimizer
+        self.rho = float(rho)
+        self.adaptive = adaptive
+        self.perturbed = []  # the weights that stand at w + e; of sharded ones this process's part
+        self.copies = []  # of them at w; kept from step to step, since fresh memory costs page faults
 
     @torch.no_grad()
     def perturb(self):
         if self.perturbed:
             raise RuntimeError("the weights are perturbed already: call step() or restore() first")
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if params:
-            grads = [p.grad.to(torch.promote_types(p.dtype, torch.float32)) for p in params]  # float16 overflows
-            scaled = torch._foreach_mul(grads, params) if self.adaptive else grads
-            norms = [norm.to(params[0].device) for norm in torch._foreach_norm(scaled)]
-            scale = self.rho / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-12)
-            if self.adaptive:
-                torch._foreach_mul_(scaled, params)
-            same = {p for p, copy in self.copies.items() if (copy.dtype, copy.device) == (p.dtype, p.device)}
-            self.copies.update((p, torch.empty_like(p)) for p in params if p not in same)
-            torch._foreach_copy_([self.copies[p] for p in params], params)
-            self.perturbed = params
-            torch._foreach_addcmul_(params, scaled, [scale.to(p.device) for p in params])
-        self.optimizer.zero_grad()
+        if not params:
+            return
+        if any(p.grad.layout != torch.strided for p in params):
+            raise TypeError("SAM takes no sparse gradients: make them dense, as nn.Embedding(sparse=False) does")
+
+        grads = [p.grad.to(torch.promote_types(p.dtype, torch.float32)) for p in params]  # float16 overflows
+        scaled = torch._foreach_mul(grads, params) if self.adaptive else grads
+        norms = [norm.to(params[0].device) for norm in torch._foreach_norm(scaled)]
+        scale = self.rho / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-12)
+        if self.adaptive:
+            torch._foreach_mul_(scaled, [p.conj() for p in params])  # |w|^2 where w is complex
+
+        weights = [p.to_local() if hasattr(p, "to_local") else p for p in params]
+        if [(c.shape, c.dtype, c.device) for c in self.copies] != [(w.shape, w.dtype, w.device) for w in weights]:
+            self.copies = [torch.empty_like(w) for w in weights]
+        torch._foreach_copy_(self.copies, weights)
+
+        self.perturbed = weights
+        torch._foreach_addcmul_(params, scaled, [scale.to(p.device) for p in params])
+        for p in params:
+            p.grad = None  # here, since the zero_grad() of a wrapper may do nothing
 
     @torch.no_grad()
     def restore(self):
         if self.perturbed:
-            torch._foreach_copy_(self.perturbed, [self.copies[p] for p in self.perturbed])
+            torch._foreach_copy_(self.perturbed, self.copies)
         self.perturbed = []
 
     def step(self, closure=None):
-        """Restores w, steps; given a closure (clear, backward, return the loss), both passes first: the loss at w."""
+        loss = None
         try:
-            loss = closure and closure()
-            if closure:
+            if closure is not None:
+                loss = closure()
                 self.perturb()
                 closure()
         finally:
             self.restore()
+
         self.optimizer.step()
         return loss
 
 
 @contextlib.contextmanager
 def frozen_bn_stats(model):
-    """BatchNorm uses its batch's statistics, its running ones stand still: for SAM's second pass, at w + e, not w."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    """Running statistics stand still inside: for SAM's second pass, which is at w + e and not at the model's weights.
+
+    BatchNorm and InstanceNorm in training mode go on normalizing with the batch's own statistics. spectral_norm keeps
+    its singular vectors, fake quantization its range. On leaving, by an error too, each layer is as it was.
+    """
+    held = []  # (owner, name of the attribute, its value before)
+
+    def hold(owner, name, value):
+        held.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
     try:
-        for m in norms:
-            m.track_running_stats = False
+        for m in model.modules():
+            if isinstance(m, nn.modules.instancenorm._InstanceNorm):
+                if m.training:  # in training, it updates whatever statistics it has
+                    hold(m, "running_mean", None)
+                    hold(m, "running_var", None)
+            elif vars(m).get("track_running_stats"):  # a module's getattr is slow where there is nothing
+                hold(m, "track_running_stats", False)
+
+            if "n_power_iterations" in vars(m):  # of spectral_norm
+                hold(m, "n_power_iterations", 0)
+            for hook in m._forward_pre_hooks.values():  # and of the old one, which is a hook
+                if hasattr(hook, "n_power_iterations"):
+                    hold(hook, "n_power_iterations", 0)
+
+            if "observer_enabled" in m._buffers:  # of fake quantization
+                hold(m, "observer_enabled", torch.zeros_like(m.observer_enabled))
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for owner, name, value in reversed(held):
+            setattr(owner, name, value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

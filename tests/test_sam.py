@@ -1,12 +1,17 @@
 """SAM against closed forms and independent float64 arithmetic, and its promises: storage, gradients, optimizers."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.ao.quantization import FakeQuantize, FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver
+from torch.nn.utils import parametrizations, spectral_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import SAM, frozen_bn_stats
 
@@ -60,6 +65,30 @@ def test_adaptive_has_its_closed_form():
     (w @ g).backward()
     sam.perturb()
     torch.testing.assert_close(w.detach(), start + 0.3 * start**2 * g / (start * g).norm(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_complex_weights_have_their_closed_form(adaptive):
+    start = torch.tensor([2 + 1j, -1j, 3 - 2j])
+    g = torch.tensor([0.5 - 1j, 1 + 2j, -2 + 0j])
+    w = start.clone().requires_grad_()
+    w.grad = g.clone()
+    sam = SAM(sgd([w]), rho=0.3, adaptive=adaptive)
+    sam.perturb()
+    e = start.abs() ** 2 * g / (start.abs() * g.abs()).norm() if adaptive else g / g.abs().norm()
+    torch.testing.assert_close(w.detach(), start + 0.3 * e, rtol=0, atol=1e-12)
+    sam.restore()
+    assert torch.equal(w, start)
+
+
+def test_weights_of_several_dtypes_share_one_norm():
+    dtypes = (torch.float64, torch.float32, torch.complex64)
+    weights = [torch.ones(3, dtype=dtype, requires_grad=True) for dtype in dtypes]
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    SAM(sgd([*weights, torch.ones(0, requires_grad=True)]), rho=0.3).perturb()
+    for w in weights:
+        torch.testing.assert_close(w.detach(), torch.full_like(w, 1.1), rtol=0, atol=1e-6)
 
 
 def test_parameter_groups_share_one_norm():
@@ -177,6 +206,71 @@ def test_restore_is_exact_after_the_model_has_changed_its_dtype(first):
     assert torch.equal(values(model), before)
 
 
+def two_steps(model, sam, x, y):
+    for _ in range(2):
+        before = values(model)
+        backward(model, x, y)
+        sam.perturb()
+        assert not torch.equal(values(model), before)
+        sam.restore()
+        assert torch.equal(values(model), before)
+        backward(model, x, y)
+        sam.optimizer.step()
+        sam.optimizer.zero_grad()
+
+
+def test_parameters_may_change_their_shapes():
+    model = network()
+    sam = SAM(sgd(model.parameters()), rho=0.5)
+    two_steps(model, sam, *batch())
+    model[0].weight.data = torch.randn(1, 5)
+    model[0].bias.data = torch.randn(1)
+    model[2].weight.data = torch.randn(3, 1)
+    two_steps(model, sam, *batch())
+
+
+def test_parameters_may_join_and_leave_the_optimizer():
+    model, other = network(), network(seed=1)
+    sam = SAM(sgd(model[0].parameters()), rho=0.5)
+    two_steps(model, sam, *batch())
+    sam.optimizer.add_param_group({"params": list(model[2].parameters())})
+    two_steps(model, sam, *batch())
+    assert sum(copy.numel() for copy in sam.copies) == values(model).numel()
+
+    left = weakref.ref(model[0].weight)
+    sam.optimizer.param_groups.clear()
+    sam.optimizer.add_param_group({"params": list(other.parameters())})
+    model = other
+    two_steps(model, sam, *batch())
+    gc.collect()
+    assert left() is None  # so its memory is free, and that of its copy
+
+
+class Count(TorchDispatchMode):
+    """The number of operators called, each of which is one kernel or a few on a GPU."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function is not torch.ops.aten.promote_types.default  # computes on no tensor
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_one_operator_serves_all_parameters(adaptive):
+    counts = []
+    for layers in (1, 20):
+        model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(layers)))
+        sam = SAM(sgd(model.parameters()), adaptive=adaptive)
+        for _ in range(2):  # the second time memory has been allocated
+            backward(model, *batch())
+            with Count() as count:
+                sam.perturb()
+                sam.restore()
+        counts.append(count.calls)
+    assert counts[0] == counts[1]
+
+
 def test_without_any_gradient_nothing_happens():
     model = network()
     before = values(model)
@@ -215,6 +309,122 @@ def test_gradients_may_appear_and_vanish_in_the_second_pass():
 def test_a_senseless_rho_is_refused(rho):
     with pytest.raises(ValueError, match="rho"):
         SAM(sgd(network().parameters()), rho)
+
+
+@pytest.mark.parametrize(
+    "rho", [torch.tensor(math.nan), torch.tensor(-1.0), torch.tensor([0.1, 0.2]), "a", None, [0.1]]
+)
+def test_a_rho_that_is_no_number_is_refused(rho):
+    with pytest.raises((TypeError, ValueError)):
+        SAM(sgd(network().parameters()), rho)
+
+
+def test_rho_may_be_a_tensor_of_one_value():
+    rho = torch.tensor(0.25)
+    sam = SAM(sgd(network().parameters()), rho)
+    rho += 1
+    assert sam.rho == 0.25
+
+
+@pytest.mark.parametrize("kind", ["generator", "list", "module", "none", "class", "sam", "scheduler"])
+def test_what_is_no_optimizer_is_refused(kind):
+    model = network()
+    optimizer = sgd(model.parameters())
+    given = {"generator": model.parameters(), "list": [optimizer], "module": model, "none": None}
+    given["class"] = torch.optim.SGD
+    given["sam"] = SAM(optimizer)
+    given["scheduler"] = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(TypeError, match="SAM wraps an optimizer"):
+        SAM(given[kind])
+
+
+class Wrapper:
+    """Of an optimizer, as libraries have them: it shows the optimizer's attributes, but clears no gradients."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+    def zero_grad(self):
+        pass
+
+
+def test_the_two_gradients_do_not_add_up_where_a_wrapper_does_not_clear_them():
+    ours, expected = network(), network()
+    for model, wrap in ((ours, Wrapper), (expected, lambda optimizer: optimizer)):
+        sam = SAM(wrap(sgd(model.parameters())), rho=0.5)
+        backward(model, *batch())
+        sam.perturb()
+        backward(model, *batch())
+        sam.step()
+    assert torch.equal(values(ours), values(expected))
+
+
+def test_gradients_of_other_optimizers_stay():
+    model = network()
+    sam = SAM(sgd(model[0].parameters()))
+    backward(model, *batch())
+    before = model[2].weight.grad.clone()
+    sam.perturb()
+    assert model[0].weight.grad is None and torch.equal(model[2].weight.grad, before)
+
+
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_sparse_gradients_are_refused_and_the_next_call_works(by_closure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    sam = SAM(sgd(model.parameters(), momentum=0.9))
+    before = values(model)
+
+    def closure():
+        sam.optimizer.zero_grad()
+        loss = model(torch.tensor([1, 2])).square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(TypeError, match="sparse"):
+        if by_closure:
+            sam.step(closure)
+        else:
+            closure()
+            sam.perturb()
+    assert torch.equal(values(model), before)
+
+    model[0].sparse = False
+    first = sam.step(closure)
+    assert not torch.equal(values(model), before) and closure() < first
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_an_optimizer_that_cannot_step_leaves_w_and_the_next_call_works(kind):
+    model = network()
+    before = values(model)
+    sam = SAM(kind(model.parameters()), rho=0.5)
+    for _ in range(2):
+        backward(model, *batch())
+        sam.perturb()
+        assert not torch.equal(values(model), before)
+        backward(model, *batch())
+        with pytest.raises((TypeError, RuntimeError), match="closure|dense"):
+            sam.step()
+        assert torch.equal(values(model), before)
+        sam.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_w_comes_back_from_a_gradient_that_is_not_finite(value, adaptive):
+    model = network()
+    before = values(model)
+    sam = SAM(sgd(model.parameters()), adaptive=adaptive)
+    backward(model, *batch())
+    model[0].weight.grad[0, 0] = value
+    sam.perturb()
+    assert not values(model).isfinite().all()
+    sam.restore()
+    assert torch.equal(values(model), before)
 
 
 def test_perturbing_twice_is_refused():
@@ -359,6 +569,73 @@ def test_two_passes_leave_the_statistics_of_one():
     for (name, buffer), expected in zip(ours.named_buffers(), once.buffers()):
         assert torch.equal(buffer, expected), name
     assert ours[1].track_running_stats
+
+
+LAYERS = {
+    "batch": lambda: nn.BatchNorm1d(4),
+    "batch, cumulative average": lambda: nn.BatchNorm1d(4, momentum=None),
+    "batch, lazy": lambda: nn.LazyBatchNorm1d(),
+    "batch, synchronized": lambda: nn.SyncBatchNorm(4),
+    "instance": lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True),
+    "instance, lazy": lambda: nn.LazyInstanceNorm1d(track_running_stats=True),
+    "spectral": lambda: parametrizations.spectral_norm(nn.Conv1d(4, 3, 3)),
+    "spectral, recurrent": lambda: parametrizations.spectral_norm(nn.LSTM(5, 3), "weight_hh_l0"),
+    "spectral, by hook": lambda: spectral_norm(nn.Linear(5, 3)),
+    "fake quantization": lambda: FakeQuantize(MovingAverageMinMaxObserver),
+    "fake quantization, fused": lambda: FusedMovingAvgObsFakeQuantize(),
+}
+
+
+@pytest.fixture
+def float32(float64):
+    torch.set_default_dtype(torch.float32)  # the module's float64 is put back after it
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_that_keeps_running_statistics_is_held(name, float32):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(LAYERS[name]()), torch.randn(6, 4, 5)
+    model(x)
+    before = state(model)
+    with frozen_bn_stats(model):
+        with frozen_bn_stats(model):
+            model(10 * x)
+        model(math.nan * x)  # as where w + e is not finite
+    assert same(state(model), before)
+    model(10 * x)
+    assert not same(state(model), before)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.InstanceNorm1d])
+@pytest.mark.parametrize("training", [True, False])
+def test_held_layers_give_what_they_give_otherwise(kind, training):
+    model = kind(4, affine=True, track_running_stats=True)
+    x = torch.randn(6, 4, 5)
+    model(3 * x + 1)
+    model.train(training)
+    with frozen_bn_stats(model):
+        held = model(x)
+    torch.testing.assert_close(held, model(x), rtol=0, atol=1e-12)
+
+
+def test_each_layer_gets_its_own_state_back():
+    layers = [kind(4, track_running_stats=on) for kind in (nn.BatchNorm1d, nn.InstanceNorm1d) for on in (True, False)]
+    model, x = nn.Sequential(*layers), torch.randn(6, 4, 5)
+    model[0].eval()
+    with pytest.raises(KeyError), frozen_bn_stats(model):
+        model(x)
+        raise KeyError
+    assert [layer.track_running_stats for layer in model] == [True, False, True, False]
+    assert [layer.training for layer in model] == [False, True, True, True]
+    assert [layer.running_mean is None for layer in model] == [False, True, False, True]
 
 
 def test_frozen_statistics_normalize_with_the_batch_and_come_back_after_an_error():
