@@ -17,7 +17,7 @@
 #   RESULTS=results FIGURES=figures DATA_DIR=data    its folders
 #   SEEDS HIDDEN FILTERS NOISES    lists, as below; an empty one drops its experiments
 #   RHOS="0.05 0.1"      one grid in place of each workload's own
-#   FLAGS="--compile"    more flags for every command
+#   FLAGS="--fp32"       more flags for every command
 set -euo pipefail
 cd "$(dirname "$0")"
 export PYTHON=${PYTHON:-python3}
