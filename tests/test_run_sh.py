@@ -14,8 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers import Script
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCALES = pytest.mark.parametrize("scale", [(), ("quick",), ("overnight",)], ids=["full", "quick", "overnight"])
 LISTS = {"hidden", "filters", "noise", "sparsity", "rho", "seed"}  # flags that take several values
 VARIABLES = ["SEEDS", "HIDDEN", "FILTERS", "NOISES"]
@@ -117,8 +119,9 @@ def calls(clone):
 
 @functools.cache
 def flags_of(script):
-    text = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    return set(re.findall(r"--([a-z-]+)", text))
+    process = Script([script, "--help"], "results")
+    process.end()
+    return set(re.findall(r"--([a-z0-9-]+)", process.output.read_text()))
 
 
 @SCALES
@@ -253,44 +256,41 @@ def test_overnight_is_rows_in_their_order():
     assert len(cifar) == 14 and all({"amp=yes", "val-size=5000"} <= set(one) for one in cifar)
 
 
+def plain(value):
+    """0.001, 1e-3 and "1e-3" alike; what a flag without a value holds is True."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value == "yes" or value
+
+
 def test_no_shipped_result_is_without_its_command_and_the_readme_counts_them():
-    keys = {"hidden", "filters", "noise", "sparsity", "pruner", "seed", "sam", "rho"}  # told even at their defaults
-    elsewhere = {"results", "device", "workers", "force", "script", "processes", "data_dir", "milestones"}
-
-    def name(script, settings):
-        words = {f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings}
-        return script, frozenset(
-            words - {"weight_decay=0.0001", "lr=0.1"}
-        )  # an MLP's defaults, which a command may name
-
-    def number(text):
-        try:
-            return float(text)
-        except ValueError:
-            return {"yes": True}.get(text, text)
-
-    listed_runs = runs(listed("overnight"))
-    named = set()
-    for script, *parts in listed_runs:
-        pairs = [part.split("=", 1) for part in parts]
-        settings = [(flag.replace("-", "_"), number(value)) for flag, value in pairs if flag != "results"]
-        named.add(name(script, settings))
+    always = {"hidden", "filters", "noise", "sparsity", "pruner", "seed"}  # a command names them at their defaults too
+    elsewhere = {"results", "device", "workers", "milestones", "script", "processes"}
+    found = runs(listed("overnight"))
+    commands = set()
+    for script, *parts in found:
+        flags = dict(part.replace("-", "_", part.split("=")[0].count("-")).split("=", 1) for part in parts)
+        settings = {(flag, plain(value)) for flag, value in flags.items() if flag not in elsewhere}
+        commands.add((script, frozenset(settings - {("lr", 0.1), ("weight_decay", 0.0001)})))  # an MLP's defaults
 
     paths = [*ROOT.glob("results/overnight/*/*.json")]
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
         config, defaults = result["config"], result.get("defaults")
-        if not defaults:
-            continue  # one of the 76 oldest, which do not say what their defaults were
-        settings = []
-        for key, value in config.items():
-            if key not in elsewhere and (value != defaults[key] or key in keys) and value not in (None, False):
-                exact = isinstance(value, (bool, str))
-                settings.append((key, value if exact else float(value)))
-        assert name(f"{config['script']}.py", settings) in named, path
+        if defaults is None:
+            continue  # one of the 76 oldest
+        settings = set()
+        for flag, value in config.items():
+            changed = value != defaults.get(flag) and flag not in elsewhere
+            if value is not None and (changed or flag in always):
+                settings.add((flag, plain(value)))
+        assert (f"{config['script']}.py", frozenset(settings)) in commands, path
 
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert paths and f"{len(paths)} of its {len(listed_runs)} runs" in text
+    text = " ".join(README.split())
+    assert paths and f"{len(paths)} of its {len(found)} runs" in text
     assert f"{len(listed('quick'))} commands, 2 at a time" in text
     assert f"{len(runs(listed())):,} runs without ImageNet" in text
 
@@ -630,3 +630,56 @@ def test_a_checkout_on_windows_has_the_same_bytes(path, told):
     """text unset: the file's bytes are left alone."""
     done = subprocess.run(["git", "check-attr", "text", "eol", "--", path], cwd=ROOT, capture_output=True, text=True)
     assert [line.split(": ")[-1] for line in done.stdout.splitlines()] == told.split()
+
+
+# The job script for SLURM in README.md
+
+TASK = """#!/bin/sh
+# In place of Python: what it does is named by $DOES
+echo "starts $*" >>events
+trap 'sleep 0.2; echo ends >>events; exit 143' TERM
+while [ "$DOES" = train ]; do sleep 0.05; done
+exit $DOES
+"""
+
+
+@pytest.fixture
+def submit(clone):
+    """A function that starts README's job script, as SLURM does, with scontrol and Python replaced by note takers."""
+    (script,) = re.findall(r"^```bash\n(#!/bin/bash\n.*?)^```", README, re.DOTALL | re.MULTILINE)
+    (clone / "job.sh").write_text(script)
+    place = clone / ".venv" / "bin"
+    place.mkdir(parents=True)
+    (place / "activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
+    for name, text in {"python": TASK, "scontrol": '#!/bin/sh\necho "scontrol $*" >>events\n'}.items():
+        (place / name).write_text(text)
+        (place / name).chmod(0o755)
+
+    def start(task, **variables):
+        variables |= {"SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": str(task)}
+        return subprocess.Popen(["bash", "job.sh"], cwd=clone, env={**ENV, **variables}, start_new_session=True)
+
+    return start
+
+
+def events(clone):
+    return (clone / "events").read_text().splitlines() if (clone / "events").exists() else []
+
+
+def test_a_slurm_task_ends_its_run_and_queues_itself_again_before_its_time_limit(clone, submit):
+    process = submit(2, DOES="train")
+    end = time.monotonic() + 20
+    while not events(clone):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)  # to the script alone, as by --signal=B:USR1
+    assert process.wait(20) == 0
+    command = run(clone, "list")[1][1].removeprefix("python ")
+    assert events(clone) == [f"starts {command}", "ends", "scontrol requeue 77"]
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_slurm_task_that_is_over_is_not_queued_again(clone, submit, status):
+    process = submit(1, DOES=str(status), OFFSET="1")
+    assert process.wait(20) == status
+    assert events(clone) == ["starts " + run(clone, "list")[1][1].removeprefix("python ")]
