@@ -23,7 +23,7 @@ cd "$(dirname "$0")"
 export PYTHON=${PYTHON:-python3}
 : "${RESULTS:=results}" "${FIGURES:=figures}" "${DATA_DIR:=data}" "${CIFAR10:=}" "${IMAGENET:=}" "${FLAGS:=}"
 
-# The full run's lists: capitals may be set from outside, the others are changed here
+# ---- The full run's lists: capitals may be set from outside, the others are changed here ----------------------------
 
 SEEDS=${SEEDS-0 1 2}
 HIDDEN=${HIDDEN-75-25 150-50 300-100 1200-400 3000-1000} # MNIST: the MLPs' hidden layers
@@ -43,11 +43,12 @@ mnist_rhos=${RHOS-0.01 0.02 0.05 0.1 0.2 0.5}
 cifar_rhos=${RHOS-0.001 0.005 0.01 0.02 0.05 0.1 0.2 0.5 1}
 teacher_rhos=${RHOS-0.001 0.01 0.05 0.07 0.1 0.2 0.3 0.5 0.7 1 2}
 
-# The commands. A list in quotes makes a line for each of its words; one without quotes is several runs in one line.
+# ---- The commands ---------------------------------------------------------------------------------------------------
+# A list in quotes becomes a line for each of its words, one without quotes stays several values in one line.
 
 lines() { split python "$@" $always; }
 
-split() { # split LINE WORDS...: prints LINE with each word of the first WORDS, and so on
+split() { # split LINE WORDS...: prints LINE with every combination of a word of each WORDS
     local word
     if [ $# = 1 ]; then
         echo "$1"
@@ -126,6 +127,8 @@ overnight() { # in rows, since the last may not be reached
     local three="--seed 0 1 2" five="--seed 0 1 2 3 4" fresh="--seed 5 6 7 8 9 10 11 12 13 14"
     local all="--val-size 5000" some="--train-size 10000 --val-size 5000"
     local widths="1200-400 300-100 150-50 75-25"
+    local teacher="1000 900 800 700 600 500 400 300 200 100" curve="1000 100 10 5"
+    local pruned="1200-400:0.9583 300-100:0.7723 150-50:0.5157"
     local noisy=(label_noise.py --hidden "$widths" $some $five)
     local noisy_narrow=(label_noise.py --hidden "300-100 150-50 75-25" $some $five)
     local cifar="--amp --val-size 5000 ${CIFAR10:+--dataset $CIFAR10} --seed 0"
@@ -224,7 +227,7 @@ overnight() { # in rows, since the last may not be reached
     lines resnet_width.py --filters "16 4" $cifar
 }
 
-quick() { # networks share a line where they take seconds, as long as starting one does
+quick() { # small networks share a line, since starting one takes seconds, too; the widest stand first
     local mini="--val-size 500 --data-dir data/mini --dataset mnist"
     local two="$mini --seed 0 1" three="$mini --seed 0 1 2"
     local widths="1200-400 300-100 75-25"
@@ -266,7 +269,7 @@ commands() { # commands full|quick|overnight
     esac
 }
 
-# Python and data
+# ---- Python and data ------------------------------------------------------------------------------------------------
 
 refuse() { echo "run.sh: $*" >&2; exit 2; }
 python() { "$PYTHON" "$@"; }
@@ -312,7 +315,7 @@ download() { # what the commands on standard input train on that torchvision fet
     done
 }
 
-# Running the commands, several at a time
+# ---- Running the commands -------------------------------------------------------------------------------------------
 
 job() { # job INDEX COMMAND...: one command, with its output on the screen and in a log
     local log=$LOGS/$1.log gpus=($GPUS)
@@ -374,12 +377,13 @@ sweep() { # sweep full|quick|overnight ABOUT: the commands, JOBS at a time, then
     [ "$PYTHON" != "$PWD/.venv/bin/python" ] || echo "next: source .venv/bin/activate"
 }
 
-# The command line
+# ---- The command line -----------------------------------------------------------------------------------------------
 
 [[ ! $FLAGS =~ --(results|data-dir|dataset) ]] ||
     refuse "no ${BASH_REMATCH[0]} in FLAGS: the variables RESULTS, FIGURES, DATA_DIR and CIFAR10 name the folders"
 [[ ! $FLAGS =~ --(seed|sam|rho|perturb|hidden|filters|noise|sparsity|pruner|epochs|sharpness) ]] ||
     refuse "no ${BASH_REMATCH[0]} in FLAGS: it would take the place of run.sh's own; change the lists instead"
+[[ $FILTERS =~ ^[0-9\ ]*$ ]] || refuse "FILTERS are numbers with blanks between them, not $FILTERS"
 [[ ! $RESULTS$FIGURES$DATA_DIR$CIFAR10$IMAGENET =~ [[:space:]\'\"\\] ]] ||
     refuse "no folder's name may have a space, a quote or a backslash"
 

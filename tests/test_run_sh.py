@@ -497,6 +497,7 @@ def test_a_signal_stops_everything_in_one_line(clone, fake, number):
         (["list"], {"FLAGS": "--dataset svhn"}, "CIFAR10"),
         (["list"], {"FLAGS": "--amp --epochs 10"}, "--epochs in FLAGS"),
         ([], {"FLAGS": "--seed=5"}, "--seed in FLAGS"),
+        (["list"], {"FILTERS": "4,8"}, "FILTERS"),
         (["list"], {"RESULTS": "my results"}, "space"),
         (["list"], {"FIGURES": "my'figures"}, "quote"),
         ([], {"RESULTS": "run.sh"}, "run.sh/logs"),
