@@ -633,6 +633,13 @@ def test_a_checkout_on_windows_has_the_same_bytes(path, told):
     assert [line.split(": ")[-1] for line in done.stdout.splitlines()] == told.split()
 
 
+def test_ci_tries_the_oldest_versions_that_the_requirements_allow():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    (told,) = re.findall(r"packages: (torch==.*)", workflow)
+    bounds = [line.split(">=") for line in (ROOT / "requirements.txt").read_text().split()]
+    assert told.split() == [f"{name}=={version}.0" for name, version in bounds]
+
+
 # The job script for SLURM in README.md
 
 TASK = """#!/bin/sh
