@@ -582,8 +582,14 @@ def test_a_venv_without_pip_is_mended_or_made_again(clone, fake, lacks, remade):
     assert "-m ensurepip" in told and ("-m venv --clear .venv" in told) == remade and "pip install" in told[-1]
 
 
-def test_a_venv_that_is_half_made_is_made_again(clone, fake):
-    (clone / ".venv" / "bin").mkdir(parents=True)  # its Python is missing
+@pytest.mark.parametrize("python", [None, "an old one"])
+def test_a_venv_whose_python_is_missing_or_too_old_is_made_again(clone, fake, python):
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    if python:
+        (clone / "pip").touch()  # it has got pip
+        text = FAKE.replace('case "$*" in', 'case "$*" in\n    *version_info*) exit 1;;', 1)
+        (clone / ".venv" / "bin" / "python").write_text(text)
+        (clone / ".venv" / "bin" / "python").chmod(0o755)
     assert run(clone, "data", **fake | {"LACKS": "modules"})[0] == 0
     assert "-m venv --clear .venv" in calls(clone)
 
