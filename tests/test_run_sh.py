@@ -1,9 +1,10 @@
 """run.sh: what its lists hold, and what its sweeps do with a Python that only notes what it is told."""
 
 import functools
-import importlib
 import itertools
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,18 +14,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers import program
-
-import common
+from helpers import Script
 
 ROOT = Path(__file__).parent.parent
-LISTS = {"hidden", "filters", "noise", "sparsity", "rho", "seed"}
-VARIABLES = """SEEDS HIDDEN FILTERS TEACHER CURVE NOISES NOISE_FILTERS PERTURB DECAYS DEPTHS PRUNERS PRUNED
-    PRUNED_FILTERS SHARPNESS CONVERGENCE CONVERGENCE_FILTERS IMAGENET_FILTERS""".split()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCALES = pytest.mark.parametrize("scale", [(), ("quick",), ("overnight",)], ids=["full", "quick", "overnight"])
+LISTS = {"hidden", "filters", "noise", "sparsity", "rho", "seed"}  # flags that take several values
+VARIABLES = ["SEEDS", "HIDDEN", "FILTERS", "NOISES"]
 OTHERS = "RHOS FLAGS JOBS PYTHON RESULTS FIGURES DATA_DIR CIFAR10 IMAGENET OMP_NUM_THREADS CUDA_VISIBLE_DEVICES".split()
 ENV = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, *OTHERS}}
-EMPTY = dict.fromkeys(VARIABLES[1:], "")
-SMALL = {**EMPTY, "SEEDS": "0", "RHOS": "0.1", "HIDDEN": "75-25 150-50 300-100"}  # 9 commands, of which three fail
+# In a clone whose lists in the file are empty: 9 commands, of which three are of 150-50
+SMALL = {"SEEDS": "0", "RHOS": "0.1", "HIDDEN": "75-25 150-50 300-100", "FILTERS": "", "NOISES": ""}
 
 FAKE = """#!/bin/sh
 echo "$*" | head -n 1 >>calls
@@ -95,8 +95,9 @@ def count(found, script, *wanted, without=()):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A copy of what run.sh needs, and the Python that takes notes."""
-    shutil.copy(ROOT / "run.sh", tmp_path)
+    """A copy of what run.sh needs, its lists in the file emptied, and the Python that takes notes."""
+    text = (ROOT / "run.sh").read_text()
+    (tmp_path / "run.sh").write_text(re.sub(r'^([a-z_]+)=".*?"', r'\1=""', text, flags=re.MULTILINE))
     (tmp_path / "tests").mkdir()
     for name in ("requirements.txt", "tests/requirements.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -116,30 +117,37 @@ def calls(clone):
     return [line for line in lines if not line.startswith(("-c import sys", "-c if True"))]
 
 
-@pytest.mark.parametrize("scale", [(), ("quick",), ("overnight",)], ids=["full", "quick", "overnight"])
-def test_every_listed_command_has_flags_of_its_script_and_no_run_is_listed_twice(scale):
+@functools.cache
+def flags_of(script):
+    process = Script([script, "--help"], "results")
+    process.end()
+    return set(re.findall(r"--([a-z0-9-]+)", process.output.read_text()))
+
+
+@SCALES
+def test_every_command_has_flags_of_its_script_and_no_run_is_listed_twice(scale):
     lines = listed(*scale, IMAGENET="images")
     for line in lines:
         script, flags = parse(line)
+        assert flags.keys() <= flags_of(script), line
         assert not {flag for flag, values in flags.items() if len(values) > 1} - LISTS
-        assert [flag for flag, values in flags.items() if not values] == ["sam"] * ("rho" in flags)
+        assert {flag for flag, values in flags.items() if not values} <= {"amp", "sam"}
+        assert ("sam" in flags) == ("rho" in flags)
         assert script in ("mlp_width.py", "resnet_width.py") or len(flags.keys() & {"hidden", "filters"}) == 1
-        assert flags.get("dataset") == ["curve"] or "val-size" in flags or scale or "curve" in line
+        assert scale or "val-size" in flags or flags["dataset"][0].startswith("curve")
     found = runs(lines)
     assert len(found) == len(set(found))
 
 
-@pytest.mark.parametrize("scale", [(), ("quick",), ("overnight",)], ids=["full", "quick", "overnight"])
+@pytest.mark.parametrize("scale", [(), ("quick",)], ids=["full", "quick"])
 def test_every_run_of_sam_has_its_run_of_sgd(scale):
     found = set(runs(listed(*scale)))
     for one in found:
-        base = tuple(part for part in one if not part.startswith(("sam=", "rho=", "perturb=")))
-        assert base in found, one
+        assert tuple(part for part in one if not part.startswith(("sam=", "rho=", "perturb="))) in found, one
 
 
 def test_the_full_run_is_the_papers_and_its_controls():
-    lines = listed()
-    found = runs(lines)
+    found = runs(listed())
     plain = ["schedule", "weight-decay", "epochs"]
     assert count(found, "mlp_width.py", without=[*plain, "dataset", "hidden=1000"]) == 5 * 3 * 7
     assert count(found, "resnet_width.py", without=plain) == 7 * 3 * 10
@@ -147,26 +155,14 @@ def test_the_full_run_is_the_papers_and_its_controls():
     assert count(found, "resnet_width.py", "epochs=400") == 7 * 3
     assert count(found, "mlp_width.py", "epochs=200") == 5 * 3
     assert count(found, "mlp_width.py", "dataset=teacher", "val-size=2000") == 10 * 3 * 12
-    assert (
-        count(found, "mlp_width.py", "dataset=curve")
-        == count(found, "mlp_width.py", "dataset=curve-scaled")
-        == 4 * 3 * 2
-    )
+    for curve in ("curve", "curve-scaled"):
+        assert count(found, "mlp_width.py", f"dataset={curve}") == 4 * 3 * 2
     for noise in ("0.25", "0.5", "0.75"):
         assert count(found, "label_noise.py", f"noise={noise}", without=["perturb", "epochs"]) == 5 * 3 * (7 + 10)
-        sizes = {
-            epochs: count(found, "label_noise.py", f"noise={noise}", f"epochs={epochs}") for epochs in (12, 24, 25)
-        }
-        sizes |= {epochs: count(found, "label_noise.py", f"noise={noise}", f"epochs={epochs}") for epochs in (50, 100)}
-        assert sizes == {
-            12: 5 * 3,
-            24: 5 * 3,
-            25: 5 * 3,
-            50: 2 * 5 * 3,
-            100: 5 * 3,
-        }  # SGD's: 50 is an MLP's and a ResNet's
-    assert count(found, "label_noise.py", "noise=0.5", "perturb=last") == 5 * 3 * 6 + 5 * 3 * 9
-    assert count(found, "label_noise.py", "noise=0.5", "perturb=rest") == 5 * 3 * 6 + 5 * 3 * 9
+        for epochs, networks in {12: 5, 24: 5, 25: 5, 50: 10, 100: 5}.items():  # SGD's; 50 are an MLP's and a ResNet's
+            assert count(found, "label_noise.py", f"noise={noise}", f"epochs={epochs}") == networks * 3
+    for perturb in ("last", "rest", "random"):
+        assert count(found, "label_noise.py", "noise=0.5", f"perturb={perturb}") == 5 * 3 * 6 + 5 * 3 * 9
     assert count(found, "mlp_width.py", "hidden=1000-1000-1000-1000") == 3 * 7
     for pruner in ("random", "snip"):
         assert count(found, "sparsity.py", f"pruner={pruner}") == 3 * 3 * 7 + 3 * 3 * 10
@@ -174,35 +170,52 @@ def test_the_full_run_is_the_papers_and_its_controls():
     assert count(found, "mlp_width.py", *measured) == 4 * 3 * 6
     assert count(found, "mlp_width.py", "schedule=constant", "epochs=20") == 3 * 3 * 2
     assert count(found, "resnet_width.py", "schedule=constant", "epochs=75") == 3 * 3 * 2
-    assert not any("--noise 0 " in line or "--sparsity 0 " in line for line in lines)
-    for line in lines:  # a line is one run, unless runs take a minute or so
-        if "--filters" in line or not any(
-            part in line for part in ("teacher", "--epochs 20", "--epochs 12", "--epochs 25")
-        ):
-            assert len(runs([line])) == 1, line
-    assert len(lines) < len(found)
+    assert not any("--noise 0 " in line or "--sparsity 0 " in line for line in listed())
 
 
-def test_the_longest_come_first():
-    lines = [parse(line) for line in listed()]
-    assert lines[0][1]["filters"] == ["256"] and lines[0][1]["epochs"] == ["400"]
-    assert "hidden" in lines[-1][1]
-    for sam in (False, True):
-        plain = [flags for script, flags in lines if script == "resnet_width.py" and ("sam" in flags) == sam]
-        widths = [int(flags["filters"][0]) for flags in plain if not flags.keys() & {"epochs", "weight-decay"}]
-        narrow = [max(width, 64) for width in widths]  # below that, all wait for kernels to be launched
-        assert narrow == sorted(narrow, reverse=True)
-        assert len(widths) == 7 * 3 * (9 if sam else 1)
+@SCALES
+def test_a_line_is_one_network_with_all_seeds(scale):
+    for line in listed(*scale, IMAGENET="images", SEEDS="3 4 5"):
+        _, flags = parse(line)
+        several = {flag for flag, values in flags.items() if len(values) > 1}
+        if int(flags.get("filters", [0])[0]) >= 128 or "depth" in flags:
+            assert not several  # it takes hours
+        elif scale == ("quick",):
+            assert several <= {"hidden", "filters", "rho", "seed"}  # it takes seconds
+        else:
+            assert several <= {"seed"} and (scale or flags["seed"] == ["3", "4", "5"])
 
 
-def test_overnight_is_eight_rows_in_their_order():
-    lines = listed("overnight")
+@pytest.mark.parametrize("scale", [(), ("quick",)], ids=["full", "quick"])
+def test_resnets_come_before_mlps_and_wide_before_narrow(scale):
+    lines = [parse(line)[1] for line in listed(*scale)]
+    for flag in ("filters", "hidden"):
+        widths = [int(flags[flag][0].split("-")[0]) for flags in lines if flag in flags]
+        assert widths and widths == sorted(widths, reverse=True)
+    mlps = ["hidden" in flags for flags in lines]
+    assert mlps == sorted(mlps)
+    assert "--depth 50" in listed(IMAGENET="images")[0]  # days
 
+
+def test_overnight_is_rows_in_their_order():
     def row(line):
         script, flags = parse(line)
-        width, epochs = flags.get("hidden", [None])[0], flags.get("epochs")
+        width, epochs = flags.get("hidden", [""])[0], flags.get("epochs")
+        if "cifar" in line or "--amp" in line:
+            return {"resnet_width.py": 16}.get(script, 14 if flags["filters"] == ["16"] else 15)
+        if flags.get("dataset") == ["fashionmnist"]:
+            return 13
+        if script == "label_noise.py" and "filters" not in flags:
+            if "train-size" not in flags:
+                return 12
+            if width in ("3000-1000", "30-10"):
+                return 11
+            decay, lr = flags.get("weight-decay"), flags.get("lr")
+            if decay and lr:
+                return 10
+            return 9 if decay or lr else 1
         if "noise" in flags:
-            return 7 if "filters" in flags else 1
+            return 7
         if "dataset" in flags:
             return 2
         if "schedule" in flags:
@@ -213,44 +226,70 @@ def test_overnight_is_eight_rows_in_their_order():
             return 3
         return 6 if "weight-decay" in flags or epochs == ["60"] or set(width.split("-")) == {"300"} else 5
 
+    lines = listed("overnight")
     rows = [row(line) for line in lines]
-    assert rows == sorted(rows) and set(rows) == set(range(1, 9))
-    found = [runs([line for line, at in zip(lines, rows) if at == number]) for number in range(1, 9)]
-    sizes = [len(part) for part in found]
-    assert sizes[0] == 4 * 5 * (6 + 2 * 5 + 2 * 3 + 4 * 3 + 2 * 3 * 3 + 1) + 3 * 5 * 2 * 3  # the last: a lower radius
-    assert sizes[1] == 10 * 3 * (5 + 4) + 2 * 4 * 3 * 2
-    assert sizes[2] == (3 * 5 + 3) * 5
-    assert sizes[3] == 3 * 6 + 3 * 3 * 2
-    assert sizes[4] == (4 + 2 * 3) * 3 * 3
-    assert sizes[5] == (4 + 4) * 3 * 3 + 4 * 3
-    assert sizes[7] == 3 * 3
+    assert rows == sorted(rows) and set(rows) == set(range(1, 17))
+    found = [runs([line for line, at in zip(lines, rows) if at == number]) for number in range(1, 17)]
+    sizes = dict(enumerate(map(len, found), start=1))
+    assert sizes[1] == 4 * 5 * (6 + 2 * 5 + 2 * 3 + 4 * 3 + 2 * 3 * 3 + 1) + 3 * 5 * 2 * 3  # the last: a lower rho
+    assert sizes[2] == 10 * 3 * (5 + 4) + 2 * 4 * 3 * 2
+    assert sizes[3] == (3 * 5 + 3) * 5
+    assert sizes[4] == 3 * 6 + 3 * 3 * 2
+    assert sizes[5] == (4 + 2 * 3) * 3 * 3
+    assert sizes[6] == (4 + 4) * 3 * 3 + 4 * 3
+    assert sizes[8] == 3 * 3
+    assert sizes[9] == 4 * 5 * (2 * 3 * 4 + 2 * (2 + 2) + 2 * 2 * (2 + 2))
+    assert sizes[10] >= 4 * (10 + 10 + 5)
+    assert sizes[11] == 2 * 3 * (3 + 2 * 2)
+    assert sizes[12] == 3 * 3 * (3 + 2)
+    assert sizes[13] == 4 * 3 * 2 * (3 + 2 * 4)
+    assert (sizes[14], sizes[15], sizes[16]) == (6, 6, 2)
     assert {part for one in found[6] for part in one if part.startswith("seed")} == {"seed=1", "seed=2", "seed=3"}
+    confirming = [one for one in found[9] if "perturb=random" not in one]  # on seeds that chose no settings
+    assert {part for one in confirming for part in one if part.startswith("seed")} == {
+        f"seed={s}" for s in range(5, 15)
+    }
     assert all("results=results/overnight" in one for part in found for one in part)
     assert count(found[2], "mlp_width.py", "hidden=300-100", "sharpness=100") == 5 * 5
-    assert all(len(runs([line])) == 1 for line in lines if "--sharpness 1000" in line)  # it takes longer than training
+    cifar = [one for one in runs(listed("overnight", CIFAR10="images")) if "dataset=images" in one]
+    assert len(cifar) == 14 and all({"amp=yes", "val-size=5000"} <= set(one) for one in cifar)
 
 
-@pytest.mark.parametrize("scale", [(), ("quick",)], ids=["full", "quick"])
-def test_the_scripts_take_what_is_listed(monkeypatch, scale):
-    monkeypatch.chdir(ROOT)
-    for line in listed(*scale, IMAGENET="images", SEEDS="0", RHOS="0.1"):
-        monkeypatch.setattr(sys, "argv", line.split()[1:])
-        assert common.parse(*program(importlib.import_module(Path(sys.argv[0]).stem)))
+def plain(value):
+    """0.001, 1e-3 and "1e-3" alike; what a flag without a value holds is True."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value == "yes" or value
 
 
-def test_the_readme_counts_the_runs_and_no_shipped_result_is_without_its_command(monkeypatch):
-    programs, named = {}, set()
-    monkeypatch.chdir(ROOT)
-    for line in listed("overnight"):
-        _, *argv = line.split()
-        if argv[0] not in programs:
-            programs[argv[0]] = program(importlib.import_module(Path(argv[0]).stem))
-        monkeypatch.setattr(sys, "argv", argv)
-        named |= {common.result_path(config) for config in common.parse(*programs[argv[0]])}
-    shipped = {*Path("results/overnight").glob("*/*.json")}
-    assert len(named) == len(runs(listed("overnight"))) and shipped and shipped <= named, shipped - named
-    told = f"{len(shipped)} of its {len(named)} runs"
-    assert told in (text := " ".join(Path("README.md").read_text(encoding="utf-8").split()))
+def test_no_shipped_result_is_without_its_command_and_the_readme_counts_them():
+    always = {"hidden", "filters", "noise", "sparsity", "pruner", "seed"}  # a command names them at their defaults too
+    elsewhere = {"results", "device", "workers", "milestones", "script", "processes"}
+    found = runs(listed("overnight"))
+    commands = set()
+    for script, *parts in found:
+        flags = dict(part.replace("-", "_", part.split("=")[0].count("-")).split("=", 1) for part in parts)
+        settings = {(flag, plain(value)) for flag, value in flags.items() if flag not in elsewhere}
+        commands.add((script, frozenset(settings - {("lr", 0.1), ("weight_decay", 0.0001)})))  # an MLP's defaults
+
+    paths = [*ROOT.glob("results/overnight/*/*.json")]
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        config, defaults = result["config"], result.get("defaults")
+        if defaults is None:
+            continue  # one of the 76 oldest
+        settings = set()
+        for flag, value in config.items():
+            changed = value != defaults.get(flag) and flag not in elsewhere
+            if value is not None and (changed or flag in always):
+                settings.add((flag, plain(value)))
+        assert (f"{config['script']}.py", frozenset(settings)) in commands, path
+
+    text = " ".join(README.split())
+    assert paths and f"{len(paths)} of its {len(found)} runs" in text
     assert f"{len(listed('quick'))} commands, 2 at a time" in text
     assert f"{len(runs(listed())):,} runs without ImageNet" in text
 
@@ -268,7 +307,7 @@ def test_quick_is_every_experiment_on_the_shipped_images():
         assert "results=results/quick" in one
 
 
-@pytest.mark.parametrize("scale", [(), ("quick",), ("overnight",)], ids=["full", "quick", "overnight"])
+@SCALES
 def test_pruned_networks_keep_as_many_weights_as_the_narrow_dense_one(scale):
     def mlp(hidden):
         sizes = [784, *map(int, hidden.split("-")), 10]
@@ -302,8 +341,8 @@ def test_variables_shrink_the_full_run():
     assert count(found, "resnet_width.py", "filters=4", without=["epochs", "weight-decay", "schedule"]) == 2
 
 
-@pytest.mark.parametrize(("noises", "half"), [("0.1 0.50", True), (".5", True), ("0.51 0.05", False)])
-def test_half_of_the_labels_is_half_however_it_is_written(noises, half):
+@pytest.mark.parametrize(("noises", "half"), [("0.1 0.5", True), ("0.51 0.05", False)])
+def test_parts_of_the_weights_are_perturbed_at_half_of_the_labels_alone(noises, half):
     assert half == bool(count(runs(listed(NOISES=noises)), "label_noise.py", "perturb=last"))
 
 
@@ -328,7 +367,8 @@ def test_folders_of_images_and_of_results():
     assert all({"depth=50", "image-size=224", "workers=8", "val-size=5000"} <= set(one) for one in large)
     radii = Counter(part for one in large for part in one if part.startswith("filters="))
     assert radii == {"filters=16": 21, "filters=32": 21, "filters=48": 18, "filters=64": 18, "filters=80": 18}
-    assert listed(IMAGENET="images", RHOS="0.1")[0].endswith("--sam --rho 0.1")
+    small = [one for one in runs(listed(IMAGENET="images", RHOS="0.1")) if "dataset=images" in one]
+    assert len(small) == 5 * 3 * 2
 
 
 @pytest.mark.parametrize("jobs", ["1", "3"])
@@ -365,11 +405,13 @@ def test_a_plot_that_fails_is_a_failure(clone, fake):
 @pytest.mark.parametrize("scale, downloads", [("quick", 0), ("overnight", 1)])
 def test_the_other_sweeps(clone, fake, scale, downloads):
     text = (clone / "run.sh").read_text()
-    few = f"{scale}() {{ both 0.1 mlp_width.py --hidden 9-7{'' if downloads else ' --dataset mnist'} --seed 0; return"
-    (clone / "run.sh").write_text(text.replace(f"{scale}() {{", few))
+    few = f"{scale}() {{ both 0.1 mlp_width.py --hidden 9-7 --seed 0; return"
+    (clone / "run.sh").write_text(text.replace(f"\n{scale}() {{", f"\n{few}"))
     at_once = 1 if downloads else min(4, os.cpu_count())
     more = {"JOBS": "1"} if downloads else {}
-    status, out, errors = run(clone, scale, **fake, **more, RESULTS="r", FIGURES="f", DATA_DIR="d", FLAGS="--amp")
+    status, out, errors = run(
+        clone, scale, **fake, **more, RESULTS="r", FIGURES="f", DATA_DIR="d", FLAGS="--amp", OMP_NUM_THREADS="3"
+    )
     assert (status, errors) == (0, [])
     assert (
         "2 cores" in out[0]
@@ -385,14 +427,20 @@ def test_the_other_sweeps(clone, fake, scale, downloads):
     assert set((clone / "threads").read_text().split()[-3:]) == {"1"}
 
 
+def with_gpus(clone, text, status=0):
+    """The variables that put an nvidia-smi which prints this first in PATH."""
+    (clone / "bin").mkdir()
+    (clone / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{text}'\nexit {status}\n")
+    (clone / "bin" / "nvidia-smi").chmod(0o755)
+    return {"PATH": f"{clone / 'bin'}:{os.environ['PATH']}"}
+
+
 @pytest.mark.parametrize("gpus, told", [(("3", "GPU-5"), True), (("0", "1"), False)])
 def test_commands_side_by_side_use_different_gpus(clone, fake, gpus, told):
-    (clone / "bin").mkdir()
-    (clone / "bin" / "nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
-    (clone / "bin" / "nvidia-smi").chmod(0o755)
+    """As many at a time as there are GPUs, if JOBS does not say otherwise."""
     more = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if told else {}
-    path = f"{clone / 'bin'}:{os.environ['PATH']}"
-    assert run(clone, **SMALL, **fake, **more, PATH=path, JOBS="2")[0] == 0
+    status, out, _ = run(clone, **SMALL, **fake, **more, **with_gpus(clone, r"0\n1\n"))
+    assert status == 0 and "9 commands, 2 at a time" in out[0]
     assert set((clone / "threads").read_text().split()) == {str(-(-os.cpu_count() // 2))}
     events = [line.split() for line in (clone / "gpus").read_text().splitlines()]
     events = [event for event in events if event[1:] and event[1] in gpus]
@@ -401,6 +449,14 @@ def test_commands_side_by_side_use_different_gpus(clone, fake, gpus, told):
         for gpu in gpus:
             turns = [event for event, of in events if of == gpu]
             assert turns == ["starts", "ends"] * (len(turns) // 2)
+
+
+@pytest.mark.parametrize("more", [{"CUDA_VISIBLE_DEVICES": ""}, {}], ids=["hidden", "broken driver"])
+def test_without_gpus_one_command_runs_at_a_time(clone, fake, more):
+    path = with_gpus(clone, "NVIDIA-SMI has failed", status=9)
+    status, out, errors = run(clone, **SMALL, **fake, **more, **path)
+    assert (status, errors) == (0, []) and "9 commands, 1 at a time" in out[0]
+    assert all(not line.split()[1:] for line in (clone / "gpus").read_text().splitlines())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -433,12 +489,14 @@ def test_a_signal_stops_everything_in_one_line(clone, fake, number):
         (["quick"], {"JOBS": "two"}, "JOBS"),
         (["overnight"], {"JOBS": "1.5"}, "JOBS"),
         ([], {"SEEDS": ""}, "lists are empty"),
+        ([], {"HIDDEN": "", "FILTERS": "", "NOISES": ""}, "lists are empty"),
         ([], {"FLAGS": "--amp --results r2"}, "--results in FLAGS"),
         (["list"], {"FLAGS": "--results=r2"}, "RESULTS"),
         (["list"], {"FLAGS": "--data-dir d"}, "DATA_DIR"),
         (["list"], {"FLAGS": "--dataset svhn"}, "CIFAR10"),
         (["list"], {"FLAGS": "--amp --epochs 10"}, "--epochs in FLAGS"),
         ([], {"FLAGS": "--seed=5"}, "--seed in FLAGS"),
+        (["list"], {"FILTERS": "4,8"}, "FILTERS"),
         (["list"], {"RESULTS": "my results"}, "space"),
         (["list"], {"FIGURES": "my'figures"}, "quote"),
         ([], {"RESULTS": "run.sh"}, "run.sh/logs"),
@@ -478,16 +536,20 @@ def test_help_names_the_commands_and_installs_nothing(clone, fake, argv):
         assert any(word in line for line in out), word
 
 
-def test_data_downloads_what_the_full_run_needs(clone, fake):
-    def downloads(**variables):
-        (clone / "calls").unlink(missing_ok=True)
-        assert run(clone, "data", **fake, **variables) == (0, [], [])
-        assert all("read_torchvision" in line for line in calls(clone))
-        return [line.split()[-2:] for line in calls(clone)]
+def test_what_torchvision_has_is_downloaded_first(clone, fake):
+    shutil.copy(ROOT / "run.sh", clone)  # with its lists
 
-    assert downloads() == [["cifar10", "data"], ["mnist", "data"]]
-    assert downloads(CIFAR10="images", IMAGENET="more", DATA_DIR="there") == [["mnist", "there"]]
-    assert downloads(**EMPTY, SEEDS="0") == []
+    def downloads(*argv, **variables):
+        (clone / "calls").unlink(missing_ok=True)
+        process = start(clone, *argv, **fake | {"LACKS": "data", **variables})
+        process.communicate(timeout=60)
+        return [line.split()[-2:] for line in calls(clone) if "read_torchvision" in line]
+
+    assert downloads("data", LACKS="") == [["cifar10", "data"], ["mnist", "data"]]
+    variables = {"CIFAR10": "images", "IMAGENET": "more", "DATA_DIR": "there"}
+    assert downloads("data", LACKS="", **variables) == [["mnist", "there"]]
+    assert downloads("data", LACKS="", SEEDS="") == []
+    assert downloads("overnight", CIFAR10="images") == [["fashionmnist", "data"]]  # and fails
 
 
 def test_test_gives_pytest_its_words(clone, fake):
@@ -520,8 +582,14 @@ def test_a_venv_without_pip_is_mended_or_made_again(clone, fake, lacks, remade):
     assert "-m ensurepip" in told and ("-m venv --clear .venv" in told) == remade and "pip install" in told[-1]
 
 
-def test_a_venv_that_is_half_made_is_made_again(clone, fake):
-    (clone / ".venv" / "bin").mkdir(parents=True)  # its Python is missing
+@pytest.mark.parametrize("python", [None, "an old one"])
+def test_a_venv_whose_python_is_missing_or_too_old_is_made_again(clone, fake, python):
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    if python:
+        (clone / "pip").touch()  # it has got pip
+        text = FAKE.replace('case "$*" in', 'case "$*" in\n    *version_info*) exit 1;;', 1)
+        (clone / ".venv" / "bin" / "python").write_text(text)
+        (clone / ".venv" / "bin" / "python").chmod(0o755)
     assert run(clone, "data", **fake | {"LACKS": "modules"})[0] == 0
     assert "-m venv --clear .venv" in calls(clone)
 
@@ -536,11 +604,95 @@ def test_versions_are_compared_with_the_requirements(clone, fake, version, insta
     (clone / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(clone / "fake", clone / ".venv" / "bin" / "python")
     (clone / "pip").touch()
-    variables = {**fake, **EMPTY, "PYTHON": sys.executable, "LACKS": "modules", "PYTHONPATH": str(clone / "site")}
+    variables = {
+        **fake,
+        **SMALL,
+        "SEEDS": "",
+        "PYTHON": sys.executable,
+        "LACKS": "modules",
+        "PYTHONPATH": str(clone / "site"),
+    }
     status, out, errors = run(clone, "data", **variables)
     assert (status, errors) == (0, [])
     assert out == (["installing requirements.txt into .venv, which takes some minutes"] if installs else [])
 
 
-def test_run_sh_is_executable():
+def test_run_sh_is_executable_and_has_no_carriage_return():
     assert os.access(ROOT / "run.sh", os.X_OK)
+    assert b"\r" not in (ROOT / "run.sh").read_bytes()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git repository, so no checkout")
+@pytest.mark.parametrize(
+    "path, told",
+    [
+        ("run.sh", "auto lf"),
+        ("common.py", "auto lf"),
+        ("figures/overnight/rho.png", "unset lf"),
+        ("data/mini/MNIST/raw/t10k-images-idx3-ubyte", "unset lf"),
+    ],
+)
+def test_a_checkout_on_windows_has_the_same_bytes(path, told):
+    """text unset: the file's bytes are left alone."""
+    done = subprocess.run(["git", "check-attr", "text", "eol", "--", path], cwd=ROOT, capture_output=True, text=True)
+    assert [line.split(": ")[-1] for line in done.stdout.splitlines()] == told.split()
+
+
+def test_ci_tries_the_oldest_versions_that_the_requirements_allow():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    (told,) = re.findall(r"packages: (torch==.*)", workflow)
+    bounds = [line.split(">=") for line in (ROOT / "requirements.txt").read_text().split()]
+    assert told.split() == [f"{name}=={version}.0" for name, version in bounds]
+
+
+# The job script for SLURM in README.md
+
+TASK = """#!/bin/sh
+# In place of Python: what it does is named by $DOES
+echo "starts $*" >>events
+trap 'sleep 0.2; echo ends >>events; exit 143' TERM
+while [ "$DOES" = train ]; do sleep 0.05; done
+exit $DOES
+"""
+
+
+@pytest.fixture
+def submit(clone):
+    """A function that starts README's job script, as SLURM does, with scontrol and Python replaced by note takers."""
+    (script,) = re.findall(r"^```bash\n(#!/bin/bash\n.*?)^```", README, re.DOTALL | re.MULTILINE)
+    (clone / "job.sh").write_text(script)
+    place = clone / ".venv" / "bin"
+    place.mkdir(parents=True)
+    (place / "activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
+    for name, text in {"python": TASK, "scontrol": '#!/bin/sh\necho "scontrol $*" >>events\n'}.items():
+        (place / name).write_text(text)
+        (place / name).chmod(0o755)
+
+    def start(task, **variables):
+        variables |= {"SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": str(task)}
+        return subprocess.Popen(["bash", "job.sh"], cwd=clone, env={**ENV, **variables}, start_new_session=True)
+
+    return start
+
+
+def events(clone):
+    return (clone / "events").read_text().splitlines() if (clone / "events").exists() else []
+
+
+def test_a_slurm_task_ends_its_run_and_queues_itself_again_before_its_time_limit(clone, submit):
+    process = submit(2, DOES="train")
+    end = time.monotonic() + 20
+    while not events(clone):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)  # to the script alone, as by --signal=B:USR1
+    assert process.wait(20) == 0
+    command = run(clone, "list")[1][1].removeprefix("python ")
+    assert events(clone) == [f"starts {command}", "ends", "scontrol requeue 77"]
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_slurm_task_that_is_over_is_not_queued_again(clone, submit, status):
+    process = submit(1, DOES=str(status), OFFSET="1")
+    assert process.wait(20) == status
+    assert events(clone) == ["starts " + run(clone, "list")[1][1].removeprefix("python ")]
