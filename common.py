@@ -850,7 +850,7 @@ def run_name(config):
         method = "asam" if config.adaptive else "sam"
         parts.append(f"{method}-rho{config.rho}")
     else:
-        parts.append("sgd")
+        parts.append("sgd")  # without SAM; another base optimizer's flag is named below, where not at its default
     parts.append(f"seed{config.seed}")
 
     if "perturb" in config and config.perturb != "all":
@@ -1042,7 +1042,8 @@ class Recorder:
 
         for parameter, buffers in self.optimizer.state.items():
             for key, value in buffers.items():
-                if getattr(value, "shape", None) == parameter.shape:  # fused kernels take it to lie in memory as w does
+                # Fused kernels take momentum to lie in memory as w does; a checkpoint may come from another device.
+                if getattr(value, "shape", None) == parameter.shape:
                     buffers[key] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
     def save(self):
@@ -1197,7 +1198,10 @@ def warn_about_precision(configs):
 
 
 def main(parser, train, settings_of):
-    """Calls train(config) for each run asked for that has no result; settings_of(parsed flags): {flag: default}."""
+    """Calls train(config) for each run asked for that has no result.
+
+    settings_of: a function of the parsed flags, None where unset, that returns the workload's {flag: default}.
+    """
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 

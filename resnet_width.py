@@ -43,7 +43,7 @@ CIFAR10 = {
 }
 
 IMAGENET = {
-    "dataset": "cifar10",  # --dataset names the folder
+    "dataset": "cifar10",  # until --dataset names a folder
     "epochs": 90,
     "batch_size": 512,
     "lr": 0.1,  # the paper's text; its code has 0.2
@@ -267,7 +267,7 @@ def train(config):
             loss_fn(outputs, y).backward()
 
             if sam:
-                sam.perturb()  # w becomes w + e; with several processes, each one's e is its own share's
+                sam.perturb()  # w becomes w + e; each process has its own e, by the gradient of its share
                 with frozen_bn_stats(model):  # the statistics are those of the first pass alone
                     loss_fn(model(x), y).backward()
                 sam.restore()  # w again

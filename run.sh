@@ -15,7 +15,7 @@
 # The full run also heeds
 #   IMAGENET=FOLDER      images for the ImageNet panel, which is left out without them
 #   RESULTS=results FIGURES=figures DATA_DIR=data    its folders
-#   SEEDS HIDDEN FILTERS NOISES    lists, as below; an empty one drops its experiments
+#   SEEDS HIDDEN FILTERS NOISES    lists, as below; an empty one drops the commands that it makes
 #   RHOS="0.05 0.1"      one grid in place of each workload's own
 #   FLAGS="--fp32"       more flags for every command
 set -euo pipefail
@@ -44,7 +44,8 @@ cifar_rhos=${RHOS-0.001 0.005 0.01 0.02 0.05 0.1 0.2 0.5 1}
 teacher_rhos=${RHOS-0.001 0.01 0.05 0.07 0.1 0.2 0.3 0.5 0.7 1 2}
 
 # ---- The commands ---------------------------------------------------------------------------------------------------
-# A list in quotes becomes a line for each of its words, one without quotes stays several values in one line.
+# A list in quotes becomes a line for each of its words: --rho "0.1 0.2" makes two lines. Without quotes it stays one
+# line with several values, which the script takes one after the other. --hidden or --filters comes first.
 
 lines() { split python "$@" $always; }
 
@@ -381,7 +382,7 @@ sweep() { # sweep full|quick|overnight ABOUT: the commands, JOBS at a time, then
 
 [[ ! $FLAGS =~ --(results|data-dir|dataset) ]] ||
     refuse "no ${BASH_REMATCH[0]} in FLAGS: the variables RESULTS, FIGURES, DATA_DIR and CIFAR10 name the folders"
-[[ ! $FLAGS =~ --(seed|sam|rho|perturb|hidden|filters|noise|sparsity|pruner|epochs|sharpness) ]] ||
+[[ ! $FLAGS =~ --(seed|sam|rho|perturb|hidden|filters|noise|sparsity|pruner|epochs|weight-decay|momentum|schedule|loss|val-size|sharpness) ]] ||
     refuse "no ${BASH_REMATCH[0]} in FLAGS: it would take the place of run.sh's own; change the lists instead"
 [[ $FILTERS =~ ^[0-9\ ]*$ ]] || refuse "FILTERS are numbers with blanks between them, not $FILTERS"
 [[ ! $RESULTS$FIGURES$DATA_DIR$CIFAR10$IMAGENET =~ [[:space:]\'\"\\] ]] ||
