@@ -33,6 +33,9 @@ from matplotlib.ticker import FixedLocator  # noqa: E402
 NOT_SETTINGS = {"hidden", "filters", "depth", "sparsity", "sam", "rho", "seed", "script", "sharpness"}
 NOT_SETTINGS |= {"device", "workers", "results", "force", "save"}
 PATHS = {"dataset", "data_dir"}  # of which ./data/mini and data/mini are one
+TRAINING = {"lr", "weight_decay", "momentum", "schedule", "warmup", "loss"}
+UNITS = {"epochs": "epochs", "train_size": "images", "val_size": "held out"}  # what titles call them
+COMMON = {*TRAINING, *UNITS, "batch_size", "processes"}  # a width of 128 is not the batches' size
 
 STOPS = {"last": "last epoch", "held-out": "best held-out epoch", "paper": "best test epoch, as in the paper"}
 
@@ -56,7 +59,7 @@ class Run:
         self.nonzero = int(result.get("num_nonzero") or self.params)
         self.function = result.get("function")
         self.set_model(config, result.get("width"))
-        self.set_settings(config, result["defaults"])
+        self.set_settings(config, result["defaults"], own="width" in result)
         self.set_history(config, result)
 
     def set_model(self, config, own_width):
@@ -80,8 +83,8 @@ class Run:
         else:
             raise ValueError("has no hidden, no filters and no width")
 
-    def set_settings(self, config, defaults):
-        """Data set, noise and pruner, and every other flag that is not at its default."""
+    def set_settings(self, config, defaults, own):
+        """Data set, noise and pruner, and every other flag that is not at its default; not a script's own for width."""
         self.settings = {
             "dataset": os.path.normpath(config["dataset"]),
             "noise": float(config.get("noise") or 0),
@@ -93,7 +96,8 @@ class Run:
             if key in PATHS:
                 value = os.path.normpath(value)
                 default = os.path.normpath(default)
-            if value != default:
+            is_width = own and key not in COMMON and str(value) == self.width
+            if value != default and not is_width:
                 self.settings[key] = tuple(value) if isinstance(value, list) else value
         self.network = (self.params, -self.nonzero, self.width, self.sparsity)
         self.key = (frozenset(self.settings.items()), self.network, self.sam, self.rho, self.seed)
@@ -105,7 +109,7 @@ class Run:
         rows = result["history"]
         self.epochs = config["epochs"]
         self.history = {}
-        for key in rows[0] if rows else []:
+        for key in rows[0].keys() - {"epoch", "seconds"} if rows else []:
             values = np.array([row[key] for row in rows], float)
             self.history[key] = 100 * values if key.endswith("acc") else values
         if self.status == "diverged":
@@ -269,10 +273,8 @@ def variation_of_slope(x, y):
 # ======================================================================================================================
 
 VARIANT = {"adaptive", "perturb"}  # settings of SAM alone
-TRAINING = {"lr", "weight_decay", "momentum", "schedule", "warmup", "loss"}
 DATASETS = {"mnist": "MNIST", "fashionmnist": "Fashion-MNIST", "kmnist": "KMNIST", "svhn": "SVHN"}
 DATASETS |= {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "data/cifar10-jpeg": "CIFAR-10 (JPEG copy)"}
-UNITS = {"epochs": "epochs", "train_size": "images", "val_size": "held out"}
 
 
 class Network:
@@ -402,7 +404,7 @@ class Sweep:
                 parts.append(f"{value:,} {UNITS[key]}")
             else:
                 text = f"{value:g}" if isinstance(value, float) else str(value)
-                parts.append(f"{key.replace('_', ' ')} {text}")
+                parts.append(f"{key.replace('_', ' ')} {text}".removesuffix(" True"))
         return ", ".join(parts).encode(errors="replace").decode()
 
     # Of each width in turn: {seed: value}
@@ -525,35 +527,33 @@ def settings_tried(sweeps, sweep, key, free):
     return tried
 
 
-def tuned(sweeps, sweep, key, most_epochs=math.inf):
-    """Each at its best number of epochs, SAM at its best rho, on the seeds that all of these share; or None.
+def choose_settings(sweeps, sweep, key, rule, most_epochs=math.inf):
+    """SGD and SAM at one width, each with its best settings; None where no seeds are left to score.
 
+    tuned: epochs and rho, chosen and scored on the seeds that all settings share. fresh: rate and decay, too, chosen on
+    the seeds that most settings have, of those that have them all, and scored on the others, three at least.
     most_epochs: of SAM; SGD, which takes one gradient a step, may have twice as many.
     """
     limit = {"SGD": 2 * most_epochs, "SAM": most_epochs}
-    tried = settings_tried(sweeps, sweep, key, FREE["tuned"])
+    tried = settings_tried(sweeps, sweep, key, FREE[rule])
     tried = {name: runs for name, runs in tried.items() if name[1] <= limit[name[0]]}
-    names, seeds = comparable(tried)
-    best = Tuned({name: tried[name] for name in names}, seeds, fresh=False)
-    return best if best.seeds and best.tried["SGD"] > 1 else None
-
-
-def fresh(sweeps, sweep, key):
-    """Each at its best epochs, rate, decay and rho, chosen on the seeds that most settings have, and scored on others.
-
-    Settings that lack one of these seeds are left out of the choice. None where no three seeds are left to score.
-    """
-    tried = settings_tried(sweeps, sweep, key, FREE["fresh"])
-    count = Counter()
-    for runs in tried.values():
-        count.update(runs.keys())
-    seeds = [seed for seed in sorted(count) if 2 * count[seed] > len(tried)]
+    seeds = seeds_of_most(tried) if rule == "fresh" else comparable(tried)[1]
     complete = {name: runs for name, runs in tried.items() if runs.keys() >= set(seeds)}
     if not seeds:
         return None
-    best = Tuned(complete, seeds, fresh=True)
+    best = Tuned(complete, seeds, rule == "fresh")
     best.left_out = sorted(tried.keys() - complete.keys())
-    return best if len(best.seeds) > 2 else None
+    if rule == "fresh":
+        return best if len(best.seeds) > 2 else None
+    return best if best.seeds and best.tried["SGD"] > 1 else None
+
+
+def seeds_of_most(settings):
+    """The seeds that more than half of the {name: {seed: run}} have."""
+    count = Counter()
+    for runs in settings.values():
+        count.update(runs.keys())
+    return [seed for seed in sorted(count) if 2 * count[seed] > len(settings)]
 
 
 @functools.cache
@@ -565,7 +565,7 @@ def tune_widths(sweeps, sweep, rule):
             networks.update({network.key: network for network in other.paired})
     found = {}
     for key, network in sorted(networks.items()):
-        best = tuned(sweeps, sweep, key) if rule == "tuned" else fresh(sweeps, sweep, key)
+        best = choose_settings(sweeps, sweep, key, rule)
         if best:
             found[network] = best
     return list(found.keys()), list(found.values())
@@ -693,7 +693,7 @@ def add_equal_gradients(table, sweeps, sweep):
                 gains.append(difference(network.scores("SAM", rule), sgd))
             table.add_widths(title, rule, "gain over SGD of twice the epochs", networks, gains)
         if "held-out" in sweep.rules:
-            best = [tuned(sweeps, sweep, network.key, sweep.epochs) for network in networks]
+            best = [choose_settings(sweeps, sweep, network.key, "tuned", sweep.epochs) for network in networks]
             gains = [one.gains() if one else {} for one in best]
             table.add_widths(title, "held-out", "gain at equal gradients", networks, gains)
 
@@ -872,24 +872,19 @@ def points_axis(axis):
 
 
 def label_lines(ax):
-    """Writes each line's label beside its last point, in its colour, moved apart where labels would overlap."""
+    """Writes each line's label beside its last point, in its colour, moved down where labels would overlap."""
     ax.autoscale_view()  # which sets the limits that the heights are in
     ends = []
     for line in ax.lines:
         if not line.get_label().startswith("_"):
             _, y = ax.transLimits.transform(ax.transScale.transform(line.get_xydata()[-1]))
             ends.append((y, line))
-    ends.sort(key=lambda end: end[0])
-    halves = [0.05 * (1 + line.get_label().count("\n")) for _, line in ends]
-    heights = [height for height, _ in ends]
-    for i in range(1, len(ends)):
-        heights[i] = max(heights[i], heights[i - 1] + halves[i - 1] + halves[i])
     ceiling = 1.05
-    for i in reversed(range(len(ends))):
-        heights[i] = min(heights[i], ceiling - halves[i])
-        ceiling = heights[i] - halves[i]
-    for height, (_, line) in zip(heights, ends):
-        ax.text(1.02, height, line.get_label(), color=line.get_color(), va="center", transform=ax.transAxes)
+    for y, line in sorted(ends, key=lambda end: -end[0]):
+        half = 0.05 * (1 + line.get_label().count("\n"))
+        y = min(y, ceiling - half)
+        ceiling = y - half
+        ax.text(1.02, y, line.get_label(), color=line.get_color(), va="center", transform=ax.transAxes)
 
 
 # ======================================================================================================================
@@ -914,7 +909,7 @@ def front(sweeps):
     draw_label_fit(axes[2], [other for other in usual(sweeps) if other.noise and other.dataset == "mnist"])
     axes[0].set_title("test accuracy (%)")
     axes[1].set_title("gain of SAM over SGD (points)")
-    axes[2].set_title("gain after the last epoch (points)")
+    axes[2].set_title("gain after the last epoch, all rates")
     return figure, []
 
 

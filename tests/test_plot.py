@@ -181,8 +181,8 @@ def test_gains_are_paired_by_seed(tmp_path):
     runs = [run(acc=a, seed=s) for s, a in enumerate(sgd)] + [run(0.1, a, seed=s) for s, a in enumerate(sam)]
     found = numbers(tmp_path, [*runs, run(acc=0.1, seed=7), run(0.1, 0.9, seed=8)])
     key = f"{MNIST}, 2 epochs", "300-100", "", "last"
-    assert found[*key, "gain"] == pytest.approx((2, 4.30265 / math.sqrt(3), 3), rel=1e-5)
-    assert found[*key, "SGD"][0] == pytest.approx(80) and found[*key, "SAM"][0] == pytest.approx(82)
+    assert found[(*key, "gain")] == pytest.approx((2, 4.30265 / math.sqrt(3), 3), rel=1e-5)
+    assert found[(*key, "SGD")][0] == pytest.approx(80) and found[(*key, "SAM")][0] == pytest.approx(82)
 
 
 def test_the_three_stopping_rules(tmp_path):
@@ -251,8 +251,8 @@ def test_a_score_is_minus_the_loss_where_targets_are_numbers(tmp_path):
     runs = [loss_run(loss=1.3, val=1.0), loss_run(0.1, loss=1.1, val=0.7), loss_run(0.2, loss=1.0, val=0.8)]
     found = numbers(tmp_path, runs)
     key = "teacher, MLP of one layer, 2 epochs, 100 held out", "100", "", "last"
-    assert found[*key, "best rho"][0] == 0.1
-    assert found[*key, "gain"][0] == pytest.approx(0.2) and found[*key, "SGD"][0] == pytest.approx(-1.3)
+    assert found[(*key, "best rho")][0] == 0.1
+    assert found[(*key, "gain")][0] == pytest.approx(0.2) and found[(*key, "SGD")][0] == pytest.approx(-1.3)
 
 
 def test_the_gain_is_set_beside_the_one_at_the_next_lower_noise(tmp_path):
@@ -284,10 +284,10 @@ def test_tuned_numbers_of_epochs(tmp_path):
     title = f"{MNIST}, 50% flipped, 100 held out"
     key = title, "300-100", "", "tuned"
     # SGD of 3 epochs: 85. SAM of 3 epochs at rho 0.1: 86 and 87
-    assert found[*key, "gain"] == pytest.approx((1.5, plot.student_t(1) * 0.5, 2), rel=1e-5)
-    assert [found[*key, f"epochs of {optimizer}"][0] for optimizer in ("SGD", "SAM")] == [3, 3]
-    assert [found[*key, f"settings of {optimizer}"][0] for optimizer in ("SGD", "SAM")] == [2, 4]
-    assert found[*key, "best rho"][0] == 0.1
+    assert found[(*key, "gain")] == pytest.approx((1.5, plot.student_t(1) * 0.5, 2), rel=1e-5)
+    assert [found[(*key, f"epochs of {optimizer}")][0] for optimizer in ("SGD", "SAM")] == [3, 3]
+    assert [found[(*key, f"settings of {optimizer}")][0] for optimizer in ("SGD", "SAM")] == [2, 4]
+    assert found[(*key, "best rho")][0] == 0.1
 
 
 def test_nothing_is_tuned_where_sgd_has_one_number_of_epochs(tmp_path):
@@ -306,7 +306,7 @@ def test_equal_gradients_are_sgd_of_up_to_twice_the_epochs(tmp_path):
 
 
 def fresh_runs(scored):
-    """On seeds 0 and 1 SGD is best at lr 0.3, SAM at weight decay 0.001 and rho 0.2; these have the scored seeds, too."""
+    """On seeds 0 and 1 SGD is best at lr 0.3, SAM at weight decay 0.001, rho 0.2: these have the scored seeds, too."""
     runs = []
     for seed in (0, 1):
         runs += [run(acc=0.80, val=0.8, seed=seed), run(acc=0.84, val=0.9, lr=0.3, seed=seed)]
@@ -321,10 +321,10 @@ def fresh_runs(scored):
 def test_fresh_never_scores_the_seeds_it_chose_on(tmp_path):
     found = numbers(tmp_path, fresh_runs([5, 6, 7]))  # gains of 5, 3, 4 points
     key = f"{MNIST}, 100 held out", "300-100", "", "fresh"
-    assert found[*key, "gain"] == pytest.approx((4, plot.student_t(2) / math.sqrt(3), 3), rel=1e-5)
-    assert found[*key, "lr of SGD"][0] == 0.3 and found[*key, "weight decay of SAM"][0] == 0.001
-    assert found[*key, "best rho"][0] == 0.2
-    assert [found[*key, f"settings of {optimizer}"][0] for optimizer in ("SGD", "SAM")] == [2, 3]
+    assert found[(*key, "gain")] == pytest.approx((4, plot.student_t(2) / math.sqrt(3), 3), rel=1e-5)
+    assert found[(*key, "lr of SGD")][0] == 0.3 and found[(*key, "weight decay of SAM")][0] == 0.001
+    assert found[(*key, "best rho")][0] == 0.2
+    assert [found[(*key, f"settings of {optimizer}")][0] for optimizer in ("SGD", "SAM")] == [2, 3]
 
 
 def test_fresh_takes_three_seeds_to_score(tmp_path):
@@ -409,7 +409,7 @@ def test_sgds_runs_are_shared_by_the_variants_of_sam(tmp_path):
         if (width, rho, rule, measure) == ("300-100", "", "last", "gain"):
             gains[title.removeprefix(f"{MNIST}, ")] = found[title, width, rho, rule, measure][0]
     assert gains == pytest.approx(
-        {"2 epochs": 1, "2 epochs, perturb rest": 3, "2 epochs, perturb last": 4, "adaptive True, 2 epochs": 5}
+        {"2 epochs": 1, "2 epochs, perturb rest": 3, "2 epochs, perturb last": 4, "adaptive, 2 epochs": 5}
     )
 
 
@@ -427,13 +427,14 @@ def test_pruned_networks_stand_beside_the_dense_one_of_as_many_weights(tmp_path)
 
 def test_a_script_of_ones_own_names_its_width(tmp_path):
     runs = []
-    for width, params in (("tiny", 1000), ("large", 4000)):
-        runs += pair(script="transformer", hidden=None, params=params, width=width, d_model=params // 10)
-        for result in runs[-2:]:
-            del result["config"]["d_model"], result["config"]["filters"], result["config"]["weight_decay"]
+    for width, params in ((2, 1000), (32, 4000)):
+        mine = pair(script="cnn_width", hidden=None, params=params, width=width, channels=width, kernel=5)
+        for result in mine:
+            del result["config"]["filters"], result["config"]["weight_decay"]
+        runs += mine
     found = numbers(tmp_path, runs)
-    assert {key[1] for key in found} == {"tiny", "large", ""}
-    assert sweeps_in(found) == {"MNIST, transformer, 2 epochs"}
+    assert {key[1] for key in found} == {"2", "32", ""}
+    assert sweeps_in(found) == {"MNIST, cnn_width, 2 epochs, kernel 5"}
 
 
 def test_the_papers_points_are_drawn_where_the_settings_are_its_own(tmp_path):
@@ -494,9 +495,7 @@ def test_two_different_results_of_one_run_end_it(tmp_path):
 def test_of_two_equal_results_the_one_with_more_curvature_is_used(tmp_path):
     measured = [run(0.1, 0.91, sharpness=n, sharpness_found={"images": n, "lambda_max": n / 3}) for n in (3, 9)]
     found = numbers(tmp_path, [*pair(), *measured])
-    assert found[f"{MNIST}, 2 epochs", "300-100", "", "last", "largest eigenvalue of SAM"] == pytest.approx(
-        (3, math.nan, 1), nan_ok=True
-    )
+    assert found[f"{MNIST}, 2 epochs", "300-100", "", "last", "largest eigenvalue of SAM"][0] == 3
 
 
 def test_a_rho_at_which_a_seed_diverged_is_left_out_and_named(tmp_path):
