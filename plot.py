@@ -126,16 +126,16 @@ class Run:
 
         loss = self.history["train_loss"]
         self.collapsed = loss[-1] > 0.99 * loss[0] and len(loss) > 1  # has learned nothing
-        self.numbers = {key: float(values[-1]) for key, values in self.history.items()}
+        self.final = {key: float(values[-1]) for key, values in self.history.items()}
         for key, value in (result.get("sharpness") or {}).items():
             if value is not None:
-                self.numbers[key] = float(value)
+                self.final[key] = float(value)
         if "last_layer_share" in self.history:
-            self.numbers["last_layer_share"] = 100 * self.history["last_layer_share"].mean()
+            self.final["last_layer_share"] = 100 * self.history["last_layer_share"].mean()
         if config.get("schedule") == "constant":
-            self.numbers.update(exponential_fit(loss))
+            self.final.update(exponential_fit(loss))
         if self.function:
-            self.numbers["variation"] = variation_of_slope(self.function["x"], self.function["y"])
+            self.final["variation"] = variation_of_slope(self.function["x"], self.function["y"])
 
     def epoch(self, rule):
         """Index of the epoch at which a rule stops."""
@@ -168,16 +168,16 @@ def read_runs(folder):
             continue
         twin = runs.setdefault(run.key, run)
         if twin is not run:
-            runs[run.key] = same_run(twin, run)
+            runs[run.key] = choose_twin(twin, run)
     return list(runs.values()), notes
 
 
-def same_run(one, other):
+def choose_twin(one, other):
     """Of two files of one run the one that says more."""
     losses = [run.history.get("test_loss", ()) for run in (one, other)]
     if one.status != other.status or not np.array_equal(*losses, equal_nan=True):
         fail(f"{one.path} and {other.path} are different results of the same run; remove one of them")
-    if one.status == "done" and other.numbers.get("images", 0) > one.numbers.get("images", 0):
+    if one.status == "done" and other.final.get("images", 0) > one.final.get("images", 0):
         return other
     return one
 
@@ -241,9 +241,9 @@ def trend(points):
     seeds = common_seeds(points)
     if not seeds:
         return {}, {}
-    whole = [(x, values) for x, values in points if values.keys() >= set(seeds)]
-    x = [x for x, _ in whole]
-    y = np.array([[values[seed] for seed in seeds] for _, values in whole])
+    complete = [(x, values) for x, values in points if values.keys() >= set(seeds)]
+    x = [x for x, _ in complete]
+    y = np.array([[values[seed] for seed in seeds] for _, values in complete])
     slopes = np.polyfit(x, y, 1)[0]
     return dict(zip(seeds, slopes)), dict(zip(seeds, y.mean(axis=0)))
 
@@ -285,8 +285,10 @@ class Network:
         self.width = f"{run.width} at {run.sparsity:g}" if run.sparsity else run.width
         self.params = run.params
         self.nonzero = run.nonzero
-        self.place = len(run.layers) if by_depth else run.params  # on a figure's axis
-        self.x = self.place if by_depth else math.log10(run.params)  # slopes are per layer, or per tenfold parameters
+        self.position = len(run.layers) if by_depth else run.params  # on a figure's axis
+        self.x = (
+            self.position if by_depth else math.log10(run.params)
+        )  # slopes are per layer, or per tenfold parameters
         self.sgd = {}
         self.sam = {}
 
@@ -296,16 +298,17 @@ class Network:
 
     def pair(self):
         """Keeps what can be compared: radii at which no seed diverged, at seeds that SGD has, too."""
-        self.sgd = {seed: run for seed, run in self.sgd.items() if run.status == "done"}
         self.diverged = {}
-        self.whole = {}
+        self.sgd_diverged = sorted(seed for seed, run in self.sgd.items() if run.status == "diverged")
+        self.sgd = {seed: run for seed, run in self.sgd.items() if run.status == "done"}
+        self.all_sam = {}
         for rho, runs in sorted(self.sam.items()):
             if any(run.status == "diverged" for run in runs.values()):
                 self.diverged[rho] = runs
             else:
-                self.whole[rho] = runs
+                self.all_sam[rho] = runs
         self.sam = {}
-        for rho, runs in self.whole.items():
+        for rho, runs in self.all_sam.items():
             self.sam[rho] = {seed: run for seed, run in runs.items() if seed in self.sgd}
         self.radii, self.seeds = comparable(self.sam)
 
@@ -326,10 +329,10 @@ class Network:
     def scores(self, optimizer, rule):
         return {run.seed: run.score(rule) for run in self.runs(optimizer, rule)}
 
-    def numbers(self, optimizer, name, rho=None):
+    def final_values(self, optimizer, name, rho=None):
         """{seed: number after training}, such as train_loss or lambda_max, of the runs that have it."""
         runs = self.runs(optimizer, "last", rho)
-        return {run.seed: run.numbers[name] for run in runs if name in run.numbers}
+        return {run.seed: run.final[name] for run in runs if name in run.final}
 
 
 def comparable(settings):
@@ -385,7 +388,7 @@ class Sweep:
         for network in self.networks.values():
             network.pair()
         self.paired = [network for network in self.networks.values() if network.radii]
-        self.places = [network.place for network in self.paired]
+        self.positions = [network.position for network in self.paired]
         self.radii = sorted(set().union(*(network.radii for network in self.paired)))
 
     def without(self, *names):
@@ -415,12 +418,13 @@ class Sweep:
     def scores(self, optimizer, rule):
         return [network.scores(optimizer, rule) for network in self.paired]
 
-    def numbers(self, optimizer, name):
-        return [network.numbers(optimizer, name) for network in self.paired]
+    def final_values(self, optimizer, name):
+        return [network.final_values(optimizer, name) for network in self.paired]
 
     def twin(self, network):
-        """The network here that has as many weights which are not pruned, within 5%, or None."""
-        near = [other for other in self.paired if 0.95 < network.nonzero / other.nonzero < 1.05]
+        """The network here that has as many weights, of a pruned one as many as are left, within 5%; or None."""
+        slack = 0.05 if network.nonzero < network.params else 0
+        near = [other for other in self.paired if abs(network.nonzero / other.nonzero - 1) <= slack]
         return min(near, key=lambda other: abs(other.nonzero - network.nonzero), default=None)
 
 
@@ -485,28 +489,31 @@ class Tuned:
     tried: {(optimizer, epochs, rho, lr, weight decay): {seed: run}}; seeds to choose on; fresh: score the other seeds.
     """
 
-    def __init__(self, tried, choosing, fresh):
-        self.choosing = choosing
+    def __init__(self, tried, selection_seeds, fresh):
+        self.selection_seeds = selection_seeds
         self.tried = Counter(name[0] for name in tried)
         self.chosen = {"SGD": {}, "SAM": {}}
         best = {"SGD": -math.inf, "SAM": -math.inf}
         for name, runs in sorted(tried.items()):
             optimizer = name[0]
-            score = np.mean([runs[seed].choice("held-out") for seed in choosing])
+            score = np.mean([runs[seed].choice("held-out") for seed in selection_seeds])
             if score > best[optimizer]:
                 best[optimizer] = score
                 self.chosen[optimizer] = runs
         both = self.chosen["SGD"].keys() & self.chosen["SAM"].keys()
-        self.seeds = sorted(both.difference(choosing) if fresh else both.intersection(choosing))
+        self.scored_seeds = sorted(both.intersection(selection_seeds))
+        if fresh:
+            others = sorted(both.difference(selection_seeds))
+            self.scored_seeds = others if len(others) > 2 else []
 
     def scores(self, optimizer):
-        return {seed: self.chosen[optimizer][seed].score("held-out") for seed in self.seeds}
+        return {seed: self.chosen[optimizer][seed].score("held-out") for seed in self.scored_seeds}
 
     def gains(self):
         return difference(self.scores("SAM"), self.scores("SGD"))
 
     def run(self, optimizer):
-        return self.chosen[optimizer][self.seeds[0]]
+        return self.chosen[optimizer][self.selection_seeds[0]]
 
 
 def settings_tried(sweeps, sweep, key, free):
@@ -522,16 +529,16 @@ def settings_tried(sweeps, sweep, key, free):
             if other.without(*free) == sweep.without(*free, *VARIANT):
                 add("SGD", 0.0, other.networks[key].sgd)
             if other.without(*free) == sweep.without(*free):
-                for rho, runs in other.networks[key].whole.items():
+                for rho, runs in other.networks[key].all_sam.items():
                     add("SAM", rho, runs)
     return tried
 
 
 def choose_settings(sweeps, sweep, key, rule, most_epochs=math.inf):
-    """SGD and SAM at one width, each with its best settings; None where no seeds are left to score.
+    """SGD and SAM at one width, each with its best settings; None where there is no choice.
 
     tuned: epochs and rho, chosen and scored on the seeds that all settings share. fresh: rate and decay, too, chosen on
-    the seeds that most settings have, of those that have them all, and scored on the others, three at least.
+    the seeds that most settings have, of those that have them all, and scored on the others, if these are three.
     most_epochs: of SAM; SGD, which takes one gradient a step, may have twice as many.
     """
     limit = {"SGD": 2 * most_epochs, "SAM": most_epochs}
@@ -539,13 +546,14 @@ def choose_settings(sweeps, sweep, key, rule, most_epochs=math.inf):
     tried = {name: runs for name, runs in tried.items() if name[1] <= limit[name[0]]}
     seeds = seeds_of_most(tried) if rule == "fresh" else comparable(tried)[1]
     complete = {name: runs for name, runs in tried.items() if runs.keys() >= set(seeds)}
-    if not seeds:
+    count = Counter(name[0] for name in complete)
+    if not seeds or count["SGD"] < 2 or count["SAM"] == 0:
+        return None
+    if rule == "fresh" and len({name[3:] for name in complete}) == 1:  # one rate and decay, as in tuned
         return None
     best = Tuned(complete, seeds, rule == "fresh")
     best.left_out = sorted(tried.keys() - complete.keys())
-    if rule == "fresh":
-        return best if len(best.seeds) > 2 else None
-    return best if best.seeds and best.tried["SGD"] > 1 else None
+    return best
 
 
 def seeds_of_most(settings):
@@ -575,7 +583,7 @@ def tune_widths(sweeps, sweep, rule):
 # Numbers: the rows of summary.csv
 # ======================================================================================================================
 
-NUMBERS = {
+MEASURES = {
     "train_acc": "training accuracy",
     "train_clean_acc": "accuracy on the original training labels",
     "train_loss": "training loss",
@@ -620,7 +628,7 @@ class Table:
 
 
 @functools.cache
-def all_numbers(sweeps):
+def summarize(sweeps):
     table = Table()
     for sweep in sweeps:
         for rule in sweep.rules if sweep.paired else []:
@@ -670,10 +678,10 @@ def add_training(table, sweep):
     """What runs are like after training: at each width's best rho by the last epoch, and SAM's at every rho."""
     title = sweep.title()
     for network in sweep.paired:
-        for name, measure in NUMBERS.items():
-            table.add(title, "last", f"{measure} of SGD", network.numbers("SGD", name), network)
+        for name, measure in MEASURES.items():
+            table.add(title, "last", f"{measure} of SGD", network.final_values("SGD", name), network)
             for rho in [None, *network.radii]:
-                table.add(title, "last", f"{measure} of SAM", network.numbers("SAM", name, rho), network, rho)
+                table.add(title, "last", f"{measure} of SAM", network.final_values("SAM", name, rho), network, rho)
         for rho in network.radii:
             runs = network.sam[rho].values()
             table.add(title, "last", "collapsed runs", (sum(run.collapsed for run in runs), len(runs)), network, rho)
@@ -702,7 +710,7 @@ def add_tuned(table, sweeps, sweep, rule):
     title = sweep.title(*FREE[rule])
     networks, best = tune_widths(sweeps, sweep, rule)
     for network, one in zip(networks, best):
-        seeds = len(one.choosing)
+        seeds = len(one.selection_seeds)
         table.add(title, rule, "best rho", (one.run("SAM").rho, seeds), network)
         for optimizer in ("SGD", "SAM"):
             table.add(title, rule, f"settings of {optimizer}", (one.tried[optimizer], seeds), network)
@@ -727,7 +735,7 @@ def label_fit(networks):
     y = []
     for network in networks:
         for sgd, sam in network.pairs("last"):
-            x.append(sgd.numbers["train_acc"] - sam.numbers["train_acc"])
+            x.append(sgd.final["train_acc"] - sam.final["train_acc"])
             y.append(sam.score("last") - sgd.score("last"))
     return x, y
 
@@ -811,18 +819,18 @@ def draw_line(ax, x, values, label, color, style="-"):
     ax.errorbar(x[firm], means[firm], halves[firm], fmt="o" + style, color=color, elinewidth=1)
 
 
-def draw_gains(ax, sweep, label="gain", color=SAM, style="-"):
-    """SAM's gain after the last epoch by width."""
-    draw_line(ax, sweep.places, sweep.gains("last"), label, color, style)
+def draw_gains(ax, sweep, label="gain", color=SAM, style="-", rule="last"):
+    """SAM's gain by width, where the stopping rule says."""
+    draw_line(ax, sweep.positions, sweep.gains(rule), label, color, style)
     ax.axhline(0, color="black", linewidth=0.6)
     ax.set_ylabel(GAIN[sweep.metric])
     width_axis(ax, sweep)
 
 
-def draw_scores(ax, sweep):
-    """SGD's and SAM's scores after the last epoch by width."""
+def draw_scores(ax, sweep, rule="last"):
+    """SGD's and SAM's scores by width, where the stopping rule says."""
     for optimizer, color in BOTH.items():
-        draw_line(ax, sweep.places, sweep.scores(optimizer, "last"), optimizer, color)
+        draw_line(ax, sweep.positions, sweep.scores(optimizer, rule), optimizer, color)
     ax.set_ylabel(SCORE[sweep.metric])
     width_axis(ax, sweep)
 
@@ -840,8 +848,8 @@ def width_axis(ax, sweep):
     ax.set_xlabel("hidden layers" if sweep.by_depth else "parameters")
     if not sweep.by_depth:
         ax.set_xscale("log")
-    if len(sweep.places) < 8:
-        ax.set_xticks(sweep.places, [short(place) for place in sweep.places])
+    if len(sweep.positions) < 8:
+        ax.set_xticks(sweep.positions, [short(place) for place in sweep.positions])
         ax.minorticks_off()
 
 
@@ -934,9 +942,9 @@ def draw_short_sgd(ax, sweeps, sweep):
     if best is not sweep:
         runs = [best.networks[network.key].sgd for network in sweep.paired]
         scores = [{seed: run.score("last") for seed, run in one.items()} for one in runs]
-        draw_line(ax, sweep.places, scores, f"SGD,\n{best.epochs} epochs", SGD, "--")
+        draw_line(ax, sweep.positions, scores, f"SGD,\n{best.epochs} epochs", SGD, "--")
     for optimizer, color in BOTH.items():
-        draw_line(ax, sweep.places, sweep.scores(optimizer, "last"), f"{optimizer},\n{sweep.epochs} epochs", color)
+        draw_line(ax, sweep.positions, sweep.scores(optimizer, "last"), f"{optimizer},\n{sweep.epochs} epochs", color)
     width_axis(ax, sweep)
 
 
@@ -944,13 +952,13 @@ def draw_stops(ax, sweeps, sweep):
     """The gain by width, by when training stops and by what else is best for each."""
     draw_gains(ax, sweep, "last epoch")
     if "held-out" in sweep.rules:
-        draw_line(ax, sweep.places, sweep.gains("held-out"), "best held-\nout epoch", YELLOW)
+        draw_line(ax, sweep.positions, sweep.gains("held-out"), "best held-\nout epoch", YELLOW)
     for rule, label, color in (
         ("tuned", "each at its best\nnumber of epochs", GREEN),
         ("fresh", "rate and decay, too\n(on other seeds)", GREY),
     ):
         networks, best = tune_widths(sweeps, sweep, rule)
-        draw_line(ax, [network.place for network in networks], [one.gains() for one in best], label, color)
+        draw_line(ax, [network.position for network in networks], [one.gains() for one in best], label, color)
     ax.set_ylabel("")
     ax.set_yscale("symlog", linthresh=1)
     points_axis(ax.yaxis)
@@ -1112,20 +1120,20 @@ def sharpness(sweeps):
     rho, a line a width; a row a workload. Dashed, for squared loss at a constant rate: the paper's bounds, which are
     for un-normalized SAM at batch size 1 and so only a reference. Where the training losses differ, two optimizers are
     compared at different distances from a minimum."""
-    shown = [sweep for sweep in sweeps if any(sweep.numbers("SGD", "lambda_max"))]
+    shown = [sweep for sweep in sweeps if any(sweep.final_values("SGD", "lambda_max"))]
     need(shown, "runs of SGD and SAM with --sharpness")
     figure, axes = panels(len(shown), 3)
     for row, sweep in zip(axes, shown):
         for ax, name in zip(row, ("lambda_max", "s2", "train_loss")):
             for network in sweep.paired:
-                if network.numbers("SGD", "lambda_max"):
-                    values = [network.numbers("SAM", name, radius) for radius in network.radii]
+                if network.final_values("SGD", "lambda_max"):
+                    values = [network.final_values("SAM", name, radius) for radius in network.radii]
                     x = [0, *(1 + sweep.radii.index(radius) for radius in network.radii)]
-                    values.insert(0, network.numbers("SGD", name))
+                    values.insert(0, network.final_values("SGD", name))
                     draw_line(ax, x, values, short(network.params), width_color(sweep, network))
-            ax.set_title(NUMBERS[name])
+            ax.set_title(MEASURES[name])
             rho_axis(ax, sweep)
-        row[0].set_title(f"{heading(sweep)}\n{NUMBERS['lambda_max']}")
+        row[0].set_title(f"{heading(sweep)}\n{MEASURES['lambda_max']}")
         if sweep.settings.get("schedule") == "constant" and sweep.settings.get("loss") == "mse":
             draw_bounds(row[0], row[1], sweep)
     return figure, shown
@@ -1172,7 +1180,7 @@ def claims(sweeps):
         ("The gain grows with depth: slope", "slope of the gain", deep, stops),
     ):
         lines.append((text, None))
-        lines += claim(all_numbers(sweeps).trends, measure, group, allowed)
+        lines += claim(summarize(sweeps).trends, measure, group, allowed)
         if lines[-1][1] is None:
             lines.pop()
     need(lines, "three seeds of SGD and SAM")
@@ -1215,7 +1223,7 @@ def sparsity(sweeps):
         for dense in sweeps:
             if dense.settings == {**sweep.settings, "pruner": None} and dense.twin(sweep.paired[0]):
                 gain, _, _ = interval(dense.twin(sweep.paired[0]).gains("last"))
-                ax.plot(sweep.places, [gain] * len(sweep.places), "--", color=GREY, linewidth=1, label="dense")
+                ax.plot(sweep.positions, [gain] * len(sweep.positions), "--", color=GREY, linewidth=1, label="dense")
         ax.set_title(heading(sweep))
         ax.set_xlabel("parameters before pruning")
         ax.label_outer()
@@ -1262,7 +1270,7 @@ def layers(sweeps):
         for sweep in group:
             part = sweep.settings.get("perturb", "all")
             draw_gains(left, sweep, part, colors[part])
-            draw_line(right, sweep.places, sweep.numbers("SAM", "last_layer_share"), part, colors[part])
+            draw_line(right, sweep.positions, sweep.final_values("SAM", "last_layer_share"), part, colors[part])
         left.set_title(heading(group[0], "perturb"))
         right.set_ylabel("last layer's share (%)")
         width_axis(right, group[0])
@@ -1273,7 +1281,7 @@ def functions(sweeps):
     """One hidden layer fitted to 12 points (black): the functions of the narrowest and the widest network, a line a
     seed; and the sum of |f''|, the total variation of the slope, by width. In curve-scaled the initial output weights
     are smaller. Where SAM's training loss is higher, a simpler function is partly a worse fit."""
-    rows = [sweep for sweep in sweeps if any(sweep.numbers("SAM", "variation"))]
+    rows = [sweep for sweep in sweeps if any(sweep.final_values("SAM", "variation"))]
     need(rows, "SGD and SAM of --dataset curve")
     figure, axes = panels(len(rows), 3, sharex="col")
     x = np.arange(-5.5, 6) / 4 + 0.07
@@ -1286,16 +1294,16 @@ def functions(sweeps):
             ax.plot(x, y, "o", color="black", markersize=3)
             ax.set_ylim(-3.5, 4)
             ax.set_title(f"{sweep.dataset}, {network.width} neurons")
-        draw_numbers(row[2], sweep, "variation")
+        draw_final(row[2], sweep, "variation")
         row[2].set_yscale("log")
     return figure, rows
 
 
-def draw_numbers(ax, sweep, name):
+def draw_final(ax, sweep, name):
     """What SGD's and SAM's runs have after training, by width."""
     for optimizer, color in BOTH.items():
-        draw_line(ax, sweep.places, sweep.numbers(optimizer, name), optimizer, color)
-    ax.set_title(NUMBERS[name])
+        draw_line(ax, sweep.positions, sweep.final_values(optimizer, name), optimizer, color)
+    ax.set_title(MEASURES[name])
     width_axis(ax, sweep)
 
 
@@ -1311,7 +1319,7 @@ def convergence(sweeps):
             ax.set_yscale("log")
             ax.set_title(f"training loss, {short(network.params)} parameters")
         row[0].set_title(f"{heading(sweep)}\n{row[0].get_title()}")
-        draw_numbers(row[2], sweep, "rate_r2")
+        draw_final(row[2], sweep, "rate_r2")
     return figure, rows
 
 
@@ -1405,11 +1413,19 @@ def left_out(sweeps):
     for sweep in sweeps:
         for network in sweep.networks.values():
             where = f"{sweep.title()}, width {network.width}"
+            if network.sgd_diverged:
+                notes.append(f"{where}: SGD left out at seeds {network.sgd_diverged}, where it diverged")
             for radius, runs in network.diverged.items():
                 count = sum(run.status == "diverged" for run in runs.values())
                 notes.append(f"{where}: rho {radius:g} left out, {count} of {len(runs)} runs diverged")
-            for radius in network.whole.keys() - set(network.radii):
-                notes.append(f"{where}: rho {radius:g} left out, it shares no seed with SGD or with the other radii")
+            for radius, runs in network.all_sam.items():
+                alone = sorted(runs.keys() - network.sgd.keys())
+                if alone:
+                    notes.append(f"{where}: rho {radius:g} left out at seeds {alone}, no run of SGD")
+                elif radius not in network.radii:
+                    notes.append(f"{where}: rho {radius:g} left out, no seed in common with the other radii")
+            if sweep.paired and not network.all_sam:
+                notes.append(f"{where}: SGD left out, no run of SAM")
             if any(len(network.sam[radius]) > len(network.seeds) for radius in network.radii):
                 notes.append(f"{where}: rho is chosen on the seeds that all radii share, {network.seeds}")
     for family in families(sweeps, "epochs"):
@@ -1417,8 +1433,11 @@ def left_out(sweeps):
             notes.append(f"{family[0].title()}: no run of SAM has one of SGD at its seed")
     for family in families(sweeps, *FREE["fresh"]):
         for network, best in zip(*tune_widths(sweeps, family[0], "fresh")):
+            where = f"{family[0].title(*FREE['fresh'])}, width {network.width}, fresh"
+            if not best.scored_seeds:
+                notes.append(f"{where}: no gain, what was chosen has no three seeds beside {best.selection_seeds}")
             for setting in best.left_out:
-                notes.append(f"{family[0].title()}, width {network.width}: too few seeds for the choice, {setting}")
+                notes.append(f"{where}: too few seeds for the choice, {setting}")
     return notes
 
 
@@ -1457,7 +1476,7 @@ def main():
     if not any(sweep.paired for sweep in sweeps):
         fail(f"--results {args.results}: no run of SAM has one of SGD at the same seed; run a script first")
     notes += left_out(sweeps)
-    rows = all_numbers(sweeps).rows
+    rows = summarize(sweeps).rows
     try:
         args.figures.mkdir(parents=True, exist_ok=True)
         chapters, missing = draw(sweeps, args.figures)

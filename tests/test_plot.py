@@ -109,7 +109,7 @@ def numbers(folder, results):
     """{(sweep, width, rho, rule, measure): (mean, half interval, seeds)} of results, as summary.csv has them."""
     save(folder, results)
     runs, _ = plot.read_runs(folder / "results")
-    plot.write_csv(folder / "summary.csv", plot.all_numbers(plot.build_sweeps(runs)).rows)
+    plot.write_csv(folder / "summary.csv", plot.summarize(plot.build_sweeps(runs)).rows)
     return read_csv(folder / "summary.csv")
 
 
@@ -327,15 +327,18 @@ def test_fresh_never_scores_the_seeds_it_chose_on(tmp_path):
     assert [found[(*key, f"settings of {optimizer}")][0] for optimizer in ("SGD", "SAM")] == [2, 3]
 
 
-def test_fresh_takes_three_seeds_to_score(tmp_path):
-    assert not any(rule == "fresh" for _, _, _, rule, _ in numbers(tmp_path, fresh_runs([5, 6])))
+def test_what_is_chosen_is_told_before_three_seeds_can_be_scored(tmp_path):
+    found = numbers(tmp_path, fresh_runs([5, 6]))
+    key = f"{MNIST}, 100 held out", "300-100", "", "fresh"
+    assert found[(*key, "lr of SGD")][0] == 0.3 and (*key, "gain") not in found
+    assert "width 300-100, fresh: no gain, what was chosen has no three seeds beside [0, 1]" in start(tmp_path).stdout
 
 
 def test_a_setting_that_lacks_a_seed_is_no_candidate_and_is_named(tmp_path):
     stray = run(acc=0.99, val=0.99, seed=0, lr=0.7)  # would be best, on the one seed it has
     found = numbers(tmp_path, [*fresh_runs([5, 6, 7]), stray])
     assert found[f"{MNIST}, 100 held out", "300-100", "", "fresh", "lr of SGD"][0] == 0.3
-    assert "width 300-100: too few seeds for the choice, ('SGD', 2, 0.0, 0.7, 0.0001)" in start(tmp_path).stdout
+    assert "width 300-100, fresh: too few seeds for the choice, ('SGD', 2, 0.0, 0.7, 0.0001)" in start(tmp_path).stdout
 
 
 # What makes a sweep
@@ -510,7 +513,19 @@ def test_sgd_that_diverged_has_no_pair(tmp_path):
     diverged = run(status="diverged") | {"history": []}
     found = numbers(tmp_path, [*pair(hidden="75-25"), diverged, run(0.1)])
     assert {key[1] for key in found} == {"75-25"}
-    assert "width 300-100: rho 0.1 left out, it shares no seed with SGD" in start(tmp_path).stdout
+    assert "width 300-100: SGD left out at seeds [0], where it diverged" in start(tmp_path).stdout
+    assert "width 300-100: rho 0.1 left out at seeds [0], no run of SGD" in start(tmp_path).stdout
+
+
+def test_seeds_and_widths_that_one_side_lacks_are_named(tmp_path):
+    save(tmp_path, [*pair(), run(0.1, seed=2), run(hidden="75-25"), run(0.1, hidden="150-50")])
+    told = start(tmp_path).stdout
+    for line in (
+        "width 300-100: rho 0.1 left out at seeds [2], no run of SGD",
+        "width 75-25: SGD left out, no run of SAM",
+        "width 150-50: rho 0.1 left out at seeds [0], no run of SGD",
+    ):
+        assert f"{MNIST}, 2 epochs, {line}\n" in told
 
 
 def test_collapsed_runs_are_counted(tmp_path):
