@@ -2,10 +2,8 @@
 
     python plot.py --results results --figures figures
 
-A sweep is a set of runs that differ in width, optimizer, rho and seed alone; its title prints the other settings.
-A score is larger where it is better: test accuracy in per cent, or minus the test loss where targets are numbers.
-A gain is SAM's score minus SGD's at the same seed. An interval is 95%, by Student's t over seeds.
-A figure is a function, listed in FIGURES at the end; its docstring is its caption in summary.md.
+A figure is a function, listed in FIGURES; its docstring is its caption in summary.md. The chapters: reading runs;
+statistics; pairing; SGD and SAM at their best settings; the numbers of summary.csv; drawing; figures; summary; main.
 """
 
 import argparse
@@ -25,6 +23,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.ticker import FixedLocator  # noqa: E402
 
+DEFINITIONS = """\
+A sweep is a set of runs that differ in width, optimizer, rho and seed alone; its title prints the other settings.
+A score is larger where it is better: test accuracy in per cent, or minus the test loss where targets are numbers.
+A gain is SAM's score minus SGD's at the same seed. A slope is per tenfold parameters, in a sweep by depth per layer.
+An interval is 95%, by Student's t over seeds. rho is chosen for each width, on held-out data where there are some, by
+the score where the rule stops: last, the last epoch; held-out, each run's best held-out epoch; paper, its best test
+epoch, and rho by test data, too; tuned, held-out with the number of epochs that is best for each; fresh, the same with
+the rate and decay that are best for each, chosen on some seeds and scored on others.
+"""
+
 # ======================================================================================================================
 # Reading runs
 # ======================================================================================================================
@@ -36,8 +44,6 @@ PATHS = {"dataset", "data_dir"}  # of which ./data/mini and data/mini are one
 TRAINING = {"lr", "weight_decay", "momentum", "schedule", "warmup", "loss"}
 UNITS = {"epochs": "epochs", "train_size": "images", "val_size": "held out"}  # what titles call them
 COMMON = {*TRAINING, *UNITS, "batch_size", "processes"}  # a width of 128 is not the batches' size
-
-STOPS = {"last": "last epoch", "held-out": "best held-out epoch", "paper": "best test epoch, as in the paper"}
 
 
 class Run:
@@ -639,9 +645,12 @@ def summarize(sweeps):
     for rule, free in FREE.items():
         for family in families(sweeps, *free):
             add_tuned(table, sweeps, family[0], rule)
-    for free in (["epochs"], ["epochs", "noise"]):
-        for family in families([sweep for sweep in sweeps if sweep.noise], *free):
-            add_label_fit(table, family, family[0].title(*free))
+    noisy = [sweep for sweep in sweeps if sweep.noise]
+    for family in families(noisy, "epochs"):
+        add_label_fit(table, family, family[0].title("epochs"))
+    for family in families(noisy, "epochs", "noise"):
+        if len(families(family, "epochs")) > 1:
+            add_label_fit(table, family, family[0].title("epochs", "noise"))
     return table
 
 
@@ -1018,19 +1027,19 @@ PAPER = {  # {parameters: gain} in points (teacher: in test loss), read off the 
         6e4: 0.062, 7e4: 0.063, 8e4: 0.074, 9e4: 0.080, 1e5: 0.083,
     },
 }  # fmt: skip
-NOT_THE_PAPERS = {
+PAPER_ALLOWS = {
     "data_dir",
     "val_size",
     "image_size",
     "amp",
     "compile",
     "fp32",
-}  # may differ from the paper's settings
+}  # differences that don't hide its points
 
 
 def paper_gains(sweep):
     """The paper's {parameters: gain}, where the settings are its own but for held-out data and arithmetic."""
-    changed = sweep.without("dataset", "model", "noise", "pruner", *NOT_THE_PAPERS)
+    changed = sweep.without("dataset", "model", "noise", "pruner", *PAPER_ALLOWS)
     if changed or sweep.noise or sweep.pruner:
         return {}
     dataset = os.path.basename(sweep.dataset).replace("-jpeg", "")
@@ -1108,7 +1117,8 @@ def curves(sweeps):
     for column, sweep in zip(axes.T, noisy):
         for ax, network in zip(column, (sweep.paired[0], sweep.paired[-1])):
             draw_epochs(ax, network, "test_acc")
-            ax.set_title(f"{100 * sweep.noise:g}% flipped, {short(network.params)} parameters")
+            ax.set_title(f"{short(network.params)} parameters")
+        column[0].set_title(f"{heading(sweep)}\n{column[0].get_title()}")
     for ax in axes.flat:
         ax.set_ylabel("test accuracy (%)")
         ax.label_outer()
@@ -1157,32 +1167,21 @@ def claims(sweeps):
     shown = [sweep for sweep in sweeps if sweep.paired and sweep.metric == "acc"]
     longest_sweeps = [sweep for sweep in main_sweeps(sweeps) if sweep.metric == "acc"]
     deep = [sweep for sweep in shown if sweep.by_depth]
-    decay = [sweep for sweep in shown if not sweep.noise]
-    rules = ("last", "held-out", "tuned", "fresh")
+    clean = [sweep for sweep in shown if not sweep.noise]
     stops = ("last", "held-out")
-    lines = []
-    for text, measure, group, allowed in (
-        ("The gain grows with width: slope", "slope of the gain", longest_sweeps, rules),
-        (
-            "More flipped labels: mean gain, minus that at less noise",
-            "mean gain - that at less noise",
-            longest_sweeps,
-            rules,
-        ),
-        ("Equal gradients: mean gain", "mean gain at equal gradients", usual(shown), rules),
-        (
-            "No weight decay: slope, minus that with decay",
-            "slope of the gain - that at the default weight decay",
-            decay,
-            stops,
-        ),
-        ("Pruned: mean gain, minus that of dense networks", "mean gain - that of dense networks", shown, stops),
-        ("The gain grows with depth: slope", "slope of the gain", deep, stops),
-    ):
-        lines.append((text, None))
-        lines += claim(summarize(sweeps).trends, measure, group, allowed)
-        if lines[-1][1] is None:
-            lines.pop()
+    rules = ("last", "held-out", "tuned", "fresh")
+    noise = "mean gain - that at less noise"
+    gradients = "mean gain at equal gradients"
+    decay = "slope of the gain - that at the default weight decay"
+    dense = "mean gain - that of dense networks"
+
+    trends = summarize(sweeps).trends
+    lines = claim(trends, "The gain grows with width: slope", "slope of the gain", longest_sweeps, rules)
+    lines += claim(trends, "More flipped labels: mean gain, minus that at less noise", noise, longest_sweeps, rules)
+    lines += claim(trends, "Equal gradients: mean gain", gradients, usual(shown), stops)
+    lines += claim(trends, "No weight decay: slope, minus that with decay", decay, clean, stops)
+    lines += claim(trends, "Pruned: mean gain, minus that of dense networks", dense, shown, stops)
+    lines += claim(trends, "The gain grows with depth: slope", "slope of the gain", deep, stops)
     need(lines, "three seeds of SGD and SAM")
 
     figure, ax = plt.subplots(figsize=(5.5, 0.4 + 0.16 * len(lines)), layout="constrained")
@@ -1201,8 +1200,8 @@ def claims(sweeps):
     return figure, []
 
 
-def claim(trends, measure, sweeps, rules):
-    """[(text, row of the table)] of each sweep and stopping rule that has three seeds."""
+def claim(trends, heading, measure, sweeps, rules):
+    """[(text, row of the table)] of each sweep and rule that has three seeds; first the heading, which has no row."""
     lines = []
     for sweep in sweeps:
         for rule in rules:
@@ -1210,7 +1209,7 @@ def claim(trends, measure, sweeps, rules):
             row = trends.get((sweep.title(*free), rule, measure))
             if row and row["seeds"] > 2:
                 lines.append((sweep.title("val_size", "train_size", "batch_size", *free) + f": {rule}", row))
-    return lines
+    return [(heading, None), *lines] if lines else []
 
 
 def sparsity(sweeps):
@@ -1269,8 +1268,9 @@ def layers(sweeps):
     for (left, right), group in zip(axes, groups):
         for sweep in group:
             part = sweep.settings.get("perturb", "all")
-            draw_gains(left, sweep, part, colors[part])
-            draw_line(right, sweep.positions, sweep.final_values("SAM", "last_layer_share"), part, colors[part])
+            color = colors.get(part, "black")
+            draw_gains(left, sweep, part, color)
+            draw_line(right, sweep.positions, sweep.final_values("SAM", "last_layer_share"), part, color)
         left.set_title(heading(group[0], "perturb"))
         right.set_ylabel("last layer's share (%)")
         width_axis(right, group[0])
@@ -1290,7 +1290,8 @@ def functions(sweeps):
         for ax, network in zip(row, (sweep.paired[0], sweep.paired[-1])):
             for optimizer, color in BOTH.items():
                 for run in network.runs(optimizer, "last"):
-                    ax.plot(run.function["x"], run.function["y"], color=color, linewidth=0.7)
+                    if run.function:
+                        ax.plot(run.function["x"], run.function["y"], color=color, linewidth=0.7)
             ax.plot(x, y, "o", color="black", markersize=3)
             ax.set_ylim(-3.5, 4)
             ax.set_title(f"{sweep.dataset}, {network.width} neurons")
@@ -1388,8 +1389,7 @@ def write_summary(path, rows, chapters, notes):
     sweeps = {}
     for row in rows:
         sweeps.setdefault(row["sweep"], []).append(row)
-    explanation = __doc__.split("\n\n")[2]
-    text = f"# Summary\n\n{explanation}\nAll numbers, at every rho, are in summary.csv.\n"
+    text = f"# Summary\n\n{DEFINITIONS}\nAll numbers, at every rho, are in summary.csv.\n"
     for name, caption, titles in chapters:
         text += f"\n## {name}\n\n![{name}]({name}.png)\n\n{caption}\n"
         for title in titles:
@@ -1465,7 +1465,9 @@ def draw(sweeps, folder):
 
 def main():
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{DEFINITIONS}", formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("--results", default="results", help="where the scripts put their results (default: results)")
     parser.add_argument("--figures", type=Path, default="figures", help="where the figures go (default: figures)")
     parser.error = fail

@@ -608,12 +608,16 @@ ODD = {
     "radii without a common seed": [run(), run(seed=1), run(0.1), run(0.2, seed=1), run(0.3, seed=1)],
     "one epoch": pair(epochs=1, val=0.5),
     "constant rate alone": pair(schedule="constant"),
-    "last perturbed alone": [run(), run(0.1, perturb="last")],
+    "last perturbed alone, and a part of one's own": [run(), *(run(0.1, perturb=p) for p in ("last", "first"))],
     "pruned alone": pair(script="sparsity", sparsity=0.5, pruner="snip"),
     "flipped alone": pair(0, noise=0.5),
     "all diverged but one": [*pair(), *(run(r, status="diverged") | {"history": []} for r in (1.0, 2.0))],
     "a NaN before it diverged": [*pair(), run(0.7, acc=math.nan, status="diverged")],
     "sharpness of SGD alone": [run(sharpness_found={"trace": 1.0, "lambda_max": 2.0}), run(0.1)],
+    "a curve whose function one run lacks": [
+        loss_run(rho, dataset="curve", hidden="10", params=30, **function)
+        for rho, function in ((None, {}), (0.2, {"function": {"x": [0, 1, 2], "y": [0, 1, 0]}}))
+    ],
     "mathematics in a name": pair(dataset="data/$x_{$"),
     "two seeds": [*pair(seed=0, noise=0.5), *pair(seed=1, noise=0.5)],
 }
