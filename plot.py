@@ -101,7 +101,7 @@ class Run:
             default = defaults.get(key)
             if key in PATHS:
                 value = os.path.normpath(value)
-                default = os.path.normpath(default)
+                default = os.path.normpath(str(default))
             is_width = own and key not in COMMON and str(value) == self.width
             if value != default and not is_width:
                 self.settings[key] = tuple(value) if isinstance(value, list) else value
@@ -1277,6 +1277,10 @@ def layers(sweeps):
     return figure, parts
 
 
+# The 12 points of the one-dimensional data
+CURVE = np.arange(-5.5, 6) / 4 + 0.07, 0.345 + np.array([-2, 1.5, 0, 0, 2, 1, 0, -1, 0, 1, 2, -1])
+
+
 def functions(sweeps):
     """One hidden layer fitted to 12 points (black): the functions of the narrowest and the widest network, a line a
     seed; and the sum of |f''|, the total variation of the slope, by width. In curve-scaled the initial output weights
@@ -1284,15 +1288,13 @@ def functions(sweeps):
     rows = [sweep for sweep in sweeps if any(sweep.final_values("SAM", "variation"))]
     need(rows, "SGD and SAM of --dataset curve")
     figure, axes = panels(len(rows), 3, sharex="col")
-    x = np.arange(-5.5, 6) / 4 + 0.07
-    y = 0.345 + np.array([-2, 1.5, 0, 0, 2, 1, 0, -1, 0, 1, 2, -1])
     for row, sweep in zip(axes, rows):
         for ax, network in zip(row, (sweep.paired[0], sweep.paired[-1])):
             for optimizer, color in BOTH.items():
                 for run in network.runs(optimizer, "last"):
                     if run.function:
                         ax.plot(run.function["x"], run.function["y"], color=color, linewidth=0.7)
-            ax.plot(x, y, "o", color="black", markersize=3)
+            ax.plot(*CURVE, "o", color="black", markersize=3)
             ax.set_ylim(-3.5, 4)
             ax.set_title(f"{sweep.dataset}, {network.width} neurons")
         draw_final(row[2], sweep, "variation")
