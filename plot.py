@@ -1,662 +1,1498 @@
-"""Draws the paper's figures, and summary.md, from result files alone: a PNG per claim, in seconds on any machine.
+"""Draws the figures and writes summary.md and summary.csv, from result files alone.
 
     python plot.py --results results --figures figures
 
-A gain is SAM's test accuracy minus SGD's (SGD's test loss minus SAM's) at one seed, a trend its least-squares slope per
-tenfold parameters. rho is chosen on held-out data, on test data where none are held out, at the epoch that is compared.
+A figure is a function, listed in FIGURES; its docstring is its caption in summary.md. The chapters: reading runs;
+statistics; pairing; SGD and SAM at their best settings; the numbers of summary.csv; drawing; figures; summary; main.
 """
 
 import argparse
 import contextlib
+import csv
+import functools
 import json
 import math
 import os
 import textwrap
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
+os.environ["MPLBACKEND"] = "agg"  # a notebook's shell may name one that is not installed
 
-SGD, SAM, GREY = "#0072B2", "#D55E00", "#8c8c8c"  # Okabe and Ito: told apart by the colour-blind and in print
-# What is drawn by width: label, style, colour, of whom, and which settings of the workload are others
-LOOK = {"SGD": ("SGD", "s-", SGD, "SGD", {}), "SAM": ("SAM", "o-", SAM, "SAM", {})}
-LOOK |= {"twice": ("SGD, twice the epochs", "^:", SGD, "twice", {}), "paper": ("the paper", "x:", "black", "paper", {})}
-LOOK |= {"gain": ("SAM - SGD", "D-", SAM, "gain", {}), "held-out": ("SAM - SGD, held-out epoch", "D:", SAM, "gain", {})}
-LOOK["by its rule"] = "SAM - SGD, by the paper's rule", "x:", "#E69F00", "gain", {}
-LOOK["one rho"] = "SAM - SGD, one rho for all", "s:", "#56B4E9", "gain", {}
-LOOK["tuned"] = "SAM - SGD, epochs tuned", "v:", "#009E73", "tuned", {}
-LOOK["no decay"] = "without weight decay", "s--", "black", "gain", {"weight_decay": 0.0}
-LOOK["rest"] = "all but the last layer perturbed", "^:", "#CC79A7", "gain", {"perturb": "rest"}
-LOOK["last"] = "the last layer alone perturbed", "v:", "#009E73", "gain", {"perturb": "last"}
-LOOK["dense"] = "SAM - SGD, dense", "D:", "black", "gain", {"pruner": None}
-MNIST = {"model": "MLP", "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
-MNIST |= {"noise": 0, "warmup": 0, "perturb": "all", "loss": "ce", "schedule": "step", "train_size": None}
-MNIST |= {"shape": [0, -5], "adaptive": False, "pruner": None}
-CIFAR = MNIST | {"model": "ResNet-18", "shape": [], "epochs": 200, "weight_decay": 5e-4}
-IMAGENET = CIFAR | {"model": "ResNet-50", "epochs": 90, "batch_size": 512, "weight_decay": 1e-4}
-IMAGENET |= {"schedule": "cosine", "warmup": 5000}
-TEACHER = MNIST | {"shape": [0], "lr": 0.01, "momentum": 0, "weight_decay": 0, "loss": "mse"}  # lr 0.1 diverges here
-PAPER = {  # settings; parameters and gains, in points (teacher: test loss), read off the paper's figures to about 0.01
-    "mnist": (MNIST, "61035 .07 125810 .06 266610 .18 1426410 .19 5366010 .19"),
-    "cifar10": (CIFAR, "44622 .36 176402 .66 701466 .44 2797610 .85 11173962 .96 44662922 1.23 178585866 1.01"),
-    "imagenet": (IMAGENET, "1993976 .03 6917640 .04 14771992 .17 25557032 .35 39272760 .54"),
-    "teacher": (TEACHER, "1e4 .026 2e4 .029 3e4 .034 4e4 .047 5e4 .056 6e4 .062 7e4 .063 8e4 .074 9e4 .08 1e5 .083"),
-}
-CURVE = np.arange(-5.5, 6) / 4 + 0.07, 0.345 + np.array([-2, 1.5, 0, 0, 2, 1, 0, -1, 0, 1, 2, -1])  # its 12 points
-NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG copy)", "imagenet": "ImageNet"}
-WORDS = {"acc": ("gain (points)", "test accuracy (%)", "training accuracy (%)", "acc")}  # by metric
-WORDS |= {"loss": ("gain in test loss", "test loss", "training loss", "loss")}
-STOPS = {"last": "last epoch", "held-out": "best held-out epoch", "paper": "best test epoch (the paper's)"}
-DEFAULTS = dict.fromkeys(("hidden", "filters", "image_size", "train_size", "pruner"))  # of flags that a file may lack
-DEFAULTS |= dict.fromkeys(("noise", "sparsity", "epochs", "val_size", "warmup", "weight_decay"), 0)
-DEFAULTS |= dict.fromkeys(("adaptive", "amp", "compile", "fp32"), False) | {"depth": 18, "loss": "ce", "processes": 1}
-DEFAULTS |= {"schedule": "step", "perturb": "all", "data_dir": "data"}
-KNOWN = {*DEFAULTS, *MNIST, "dataset", "script", "shape"}  # others, at their default: as if not there
-VARIED = {"hidden", "filters", "sparsity", "sam", "rho", "seed", "device", "results", "force", "workers", "sharpness"}
-SCRIPTS = {"mlp_width", "resnet_width", "label_noise", "sparsity"}
-T95 = math.nan, 12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216  # Student's, seeds - 1
-NAMED = {"epochs": "{} epochs", "train_size": "{} images", "batch_size": "batches of {}", "loss": "{} loss"}
-NAMED["schedule"] = "{} schedule"  # in titles, where not the default
-freeze = json.JSONEncoder(sort_keys=True, default=str).encode  # settings as a key
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.ticker import FixedLocator  # noqa: E402
+
+DEFINITIONS = """\
+A sweep is a set of runs that differ in width, optimizer, rho and seed alone; its title prints the other settings.
+A score is larger where it is better: test accuracy in per cent, or minus the test loss where targets are numbers.
+A gain is SAM's score minus SGD's at the same seed. A slope is per tenfold parameters, in a sweep by depth per layer.
+An interval is 95%, by Student's t over seeds. rho is chosen for each width, on held-out data where there are some, by
+the score where the rule stops: last, the last epoch; held-out, each run's best held-out epoch; paper, its best test
+epoch, and rho by test data, too; tuned, held-out with the number of epochs that is best for each; fresh, the same with
+the rate and decay that are best for each, chosen on some seeds and scored on others.
+"""
+
+# ======================================================================================================================
+# Reading runs
+# ======================================================================================================================
+
+# Flags that tell no sweeps apart: what varies within a sweep or is in the model's name; where and how a run happened.
+NOT_SETTINGS = {"hidden", "filters", "depth", "sparsity", "sam", "rho", "seed", "script", "sharpness"}
+NOT_SETTINGS |= {"device", "workers", "results", "force", "save"}
+PATHS = {"dataset", "data_dir"}  # of which ./data/mini and data/mini are one
+TRAINING = {"lr", "weight_decay", "momentum", "schedule", "warmup", "loss"}
+UNITS = {"epochs": "epochs", "train_size": "images", "val_size": "held out"}  # what titles call them
+COMMON = {*TRAINING, *UNITS, "batch_size", "processes"}  # a width of 128 is not the batches' size
 
 
-def interval(values):
-    """Mean of {seed: value} and half the width of its 95% interval by Student's t, which is nan for one seed."""
-    n, values = len(values), np.array([*values.values()], float)
-    t = T95[n - 1] if n <= len(T95) else 1.95996 + 2.3722 / (n - 1) + 2.823 / (n - 1) ** 2 + 2.556 / (n - 1) ** 3
-    return values.mean(), t * math.sqrt(((values - values.mean()) ** 2).sum() / max(n - 1, 1) / n)
+class Run:
+    """What one result file says. Accuracies are in per cent; test and held_out are scores by epoch."""
 
-
-def trend(points):
-    """Of points (x, {seed: value}), by seed: least-squares slope per tenfold x, last minus first, mean; over the most x
-    that three seeds or more share, or those that fewer share, as many as have two x in common."""
-    seeds = sorted({s for _, v in points for s in v}, key=lambda s: (-sum(s in v for _, v in points), str(s)))
-    whole = {
-        n: [(math.log10(x), [v[s] for s in seeds[:n]]) for x, v in points if v.keys() >= {*seeds[:n]}]
-        for n in range(len(seeds), 0, -1)
-    }
-    for n in sorted(whole, key=lambda n: -len(whole[n]) if n > 2 else 0):
-        if len({x for x, _ in whole[n]}) > 1:
-            x, values = map(np.array, zip(*whole[n]))
-            return [dict(zip(seeds, n)) for n in (np.polyfit(x, values, 1)[0], values[-1] - values[0], values.mean(0))]
-    return [{}, {}, {}]
-
-
-class Run:  # A result file: settings (where it lacks a flag, the default), history as arrays, numbers by name
     def __init__(self, path):
-        self.path, result = path, json.loads(path.read_bytes())
-        config, rows, self.status = DEFAULTS | result["config"], result["history"], result["status"]
-        config["epochs"] = config["epochs"] or max(len(rows), 1)  # a script of one's own may lack the flag
-        if len(rows) != {"done": config["epochs"], "diverged": len(rows)}[self.status]:
-            raise ValueError(f"{self.status}, but its history has {len(rows)} epochs")
-        keys = [key for key in (rows or [{}])[0] if key not in ("epoch", "seconds")]
-        arrays = np.array([[row[key] for key in keys] for row in rows], float).T
-        self.history = {key: values * (100 if key.endswith("acc") else 1) for key, values in zip(keys, arrays)}
-        self.seed, self.rho = config["seed"], float(config["rho"]) if config["sam"] else None
-        self.params, sparsity, filters = int(result["num_params"]), float(config["sparsity"]), config["filters"]
-        self.nonzero, self.tests = int(result.get("num_nonzero") or self.params), result.get("num_test", 0)
-        self.layers = [int(h) for h in str(config["hidden"] or "").split("-") if h]
-        self.width = str(config["hidden"] or filters or short(self.params))
-        # layers in proportion, such as 75-25 and 3000-1000, are one shape at two widths
-        shape = [round(3 * math.log2(h / self.layers[0])) for h in self.layers]
-        usual = {"milestones": config.get("milestones")} | result.get("defaults", {})  # which older files lack
-        silent = VARIED | {k for k, v in usual.items() if v == config.get(k) and k not in KNOWN}
-        settings = {k: float(v) if type(v) is int else v for k, v in config.items() if k not in silent}
-        settings["model"] = "MLP" if self.layers else f"ResNet-{config['depth']}" if filters else config["script"]
-        settings["shape"], settings["script"] = shape, None if config["script"] in SCRIPTS else config["script"]
-        settings["pruner"] = config["pruner"] if sparsity else None
-        # a script with neither --hidden nor --filters sets its width by a number of its own
-        own = [k for k, v in settings.items() if type(v) is float and not (shape or filters or k in KNOWN)]
-        cell = self.width, self.params, sparsity, *map(settings.pop, sorted(own))
-        self.key, self.epochs = (freeze(settings), cell, self.rho, self.seed), settings["epochs"]
-        self.sgd = freeze(settings | {"epochs": None, "adaptive": False, "perturb": "all"}), cell  # as SGD's runs have
-        self.function = {key: np.array(values, float) for key, values in (result.get("function") or {}).items()}
-        # numbers: the test metric (% or loss) by stopping rule, last values and more; score: what rho is chosen by
-        self.numbers = {k: float(v) for k, v in (result.get("sharpness") or {}).items() if v is not None}
+        result = json.loads(path.read_bytes())
+        config = result["config"]
+        config.setdefault("epochs", len(result["history"]))  # scripts of one's own may lack the flag
+
+        self.path = path
+        self.seed = int(config["seed"])
+        self.sam = bool(config["sam"])
+        self.rho = float(config["rho"]) if self.sam else 0.0
+        self.lr = config.get("lr", 0)
+        self.weight_decay = config.get("weight_decay", 0)
+        self.sparsity = float(config.get("sparsity") or 0)
+        self.params = int(result["num_params"])
+        self.nonzero = int(result.get("num_nonzero") or self.params)
+        self.function = result.get("function")
+        self.set_model(config, result.get("width"))
+        self.set_settings(config, result["defaults"], own="width" in result)
+        self.set_history(config, result)
+
+    def set_model(self, config, own_width):
+        """The width, and the models whose sweeps it belongs to: equal layers make one by width and one by depth."""
+        self.layers = []
+        if own_width is not None:  # a script of one's own
+            self.width = str(own_width)
+            self.models = [str(config["script"])]
+        elif config.get("filters"):
+            self.width = str(config["filters"])
+            self.models = [f"ResNet-{config.get('depth', 18)}"]
+        elif config.get("hidden"):
+            self.width = config["hidden"]
+            self.layers = [int(units) for units in self.width.split("-")]
+            ratios = [round(2 * units / min(self.layers)) / 2 for units in self.layers]  # 75-25 and 300-100: 3:1
+            self.models = ["MLP " + ":".join(f"{ratio:g}" for ratio in ratios)]
+            if len(self.layers) == 1:
+                self.models = ["MLP of one layer"]
+            if len(set(self.layers)) == 1:
+                self.models.append(f"MLP of layers of {self.layers[0]}")
+        else:
+            raise ValueError("has no hidden, no filters and no width")
+
+    def set_settings(self, config, defaults, own):
+        """Data set, noise and pruner, and every other flag that is not at its default; not a script's own for width."""
+        self.settings = {
+            "dataset": os.path.normpath(config["dataset"]),
+            "noise": float(config.get("noise") or 0),
+            "pruner": config.get("pruner") if self.sparsity else None,
+        }
+        for key in sorted(config.keys() - self.settings.keys() - NOT_SETTINGS):
+            value = config[key]
+            default = defaults.get(key)
+            if key in PATHS:
+                value = os.path.normpath(value)
+                default = os.path.normpath(str(default))
+            is_width = own and key not in COMMON and str(value) == self.width
+            if value != default and not is_width:
+                self.settings[key] = tuple(value) if isinstance(value, list) else value
+        self.network = (self.params, -self.nonzero, self.width, self.sparsity)
+        self.key = (frozenset(self.settings.items()), self.network, self.sam, self.rho, self.seed)
+
+    def set_history(self, config, result):
+        self.status = result["status"]
+        if self.status not in ("done", "diverged"):
+            raise ValueError(f"its status is {self.status}")
+        rows = result["history"]
+        self.epochs = config["epochs"]
+        self.history = {}
+        for key in rows[0].keys() - {"epoch", "seconds"} if rows else []:
+            values = np.array([row[key] for row in rows], float)
+            self.history[key] = 100 * values if key.endswith("acc") else values
         if self.status == "diverged":
             return
-        history, numbers, curve, loss = self.history, self.numbers, self.function, self.history["train_loss"]
-        if not all(np.isfinite(values).all() for values in history.values()):
+
+        if len(rows) != self.epochs:
+            raise ValueError(f"done, but its history has {len(rows)} epochs of {self.epochs}")
+        if not all(np.isfinite(values).all() for values in self.history.values()):
             raise ValueError("done, but not all of its history is finite")
-        self.metric, self.sign = ("acc", 1) if "test_acc" in history else ("loss", -1)
-        test = self.sign * history[f"test_{self.metric}"]
-        held = self.sign * history[f"val_{self.metric}"] if config["val_size"] else np.empty(0)
-        ends = {"last": -1, "paper": test.argmax()} | ({"held-out": held.argmax()} if len(held) else {})
-        self.score = {s: float((held if len(held) and s != "paper" else test)[end]) for s, end in ends.items()}
-        numbers |= {key: float(values[-1]) for key, values in history.items()}
-        numbers |= {stop: float(self.sign * test[end]) for stop, end in ends.items()}
-        numbers["share"] = 100 * np.mean(history.get("last_layer_share", math.nan))
-        bends = {key: np.diff(np.diff(y) / np.diff(curve["x"])) for key, y in curve.items() if key != "x"}
-        numbers |= {f"bend of {key}": np.abs(bend).sum() for key, bend in bends.items()}  # the slope's total variation
-        end = int(np.argmin([*(loss > 1e-7 * loss[0]), False]))  # below, a sum of float32 losses is rounding
-        if config["schedule"] == "constant" and end > 3:  # without the first epoch, which starts at random weights
-            fitted = np.arange(1, end), np.log(loss[1:end])
-            numbers |= {"rate": np.polyfit(*fitted, 1)[0], "R^2": np.corrcoef(*fitted)[0, 1] ** 2}
+        self.metric = "acc" if "test_acc" in self.history else "loss"
+        sign = 1 if self.metric == "acc" else -1
+        self.test = sign * self.history[f"test_{self.metric}"]
+        self.held_out = sign * self.history[f"val_{self.metric}"] if config.get("val_size") else None
+
+        loss = self.history["train_loss"]
+        self.collapsed = loss[-1] > 0.99 * loss[0] and len(loss) > 1  # has learned nothing
+        self.final = {key: float(values[-1]) for key, values in self.history.items()}
+        for key, value in (result.get("sharpness") or {}).items():
+            if value is not None:
+                self.final[key] = float(value)
+        if "last_layer_share" in self.history:
+            self.final["last_layer_share"] = 100 * self.history["last_layer_share"].mean()
+        if config.get("schedule") == "constant":
+            self.final.update(exponential_fit(loss))
+        if self.function:
+            self.final["variation"] = variation_of_slope(self.function["x"], self.function["y"])
+
+    def epoch(self, rule):
+        """Index of the epoch at which a rule stops."""
+        if rule == "held-out":
+            return int(self.held_out.argmax())
+        if rule == "paper":
+            return int(self.test.argmax())
+        return -1
+
+    def score(self, rule):
+        """The test score where the rule stops."""
+        return float(self.test[self.epoch(rule)])
+
+    def choice(self, rule):
+        """The score by which rho is chosen: on held-out data; on test data where there are none, and by the paper."""
+        if rule == "paper" or self.held_out is None:
+            return self.score(rule)
+        return float(self.held_out[self.epoch(rule)])
 
 
-class Cell:  # One network: SGD's runs by number of epochs and seed, one kind of SAM's by rho and seed
-    def __init__(self, epochs, lengths, sam):
-        sgd, self.twice, self.tried = lengths[epochs], lengths.get(2 * epochs, {}), sorted(sam)
-        self.run = next(iter(sgd.values()))
-        self.width, self.params, self.nonzero = self.same = self.run.width, self.run.params, self.run.nonzero
-        self.sgd = {seed: run for seed, run in sgd.items() if any(seed in runs for runs in sam.values())}
-        self.lengths = lengths | {epochs: self.sgd}
-        self.diverged = [rho for rho in self.tried if any(run.status == "diverged" for run in sam[rho].values())]
-        self.sam = {rho: {s: r for s, r in sam[rho].items() if s in sgd} for rho in sam if rho not in self.diverged}
-        radii = sorted(self.sam, key=lambda rho: -len(self.sam[rho]))  # those that can be compared: that share seeds
-        while radii and not (shared := set.intersection(*({*self.sam[rho]} for rho in radii))):
-            radii.pop()
-        self.radii, self.shared = sorted(radii), sorted(shared, key=str) if radii else []
-        self.chosen = {stop: choose([self], stop) for stop in STOPS}
-        self.curved = any(self.values("SAM", "lambda_max", rho) for rho in self.radii)  # its curvature was measured
-
-    def pairs(self, rho=None, stop="last", twice=False):  # [(SGD's run, SAM's)] of each seed, at this rho or the best
-        sam, sgd = self.sam.get(self.chosen[stop][0] if rho is None else rho, {}), self.twice if twice else self.sgd
-        return [(sgd[seed], run) for seed, run in sam.items() if seed in sgd]
-
-    def values(self, whose, number="last", rho=None):
-        """{seed: number} of SGD, of SAM, of SGD at "twice" the epochs; or of SAM's gain over SGD."""
-        pairs = self.pairs(rho, number if number in STOPS else "last")
-        runs = self.twice.values() if whose == "twice" else [pair[whose == "SAM"] for pair in pairs]
-        if whose == "gain":
-            return gains(pairs, number)
-        return {run.seed: run.numbers[number] for run in runs if math.isfinite(run.numbers.get(number, math.nan))}
-
-
-def gains(pairs, number):  # SAM's over SGD, by seed
-    return {a.seed: a.sign * (b.numbers[number] - a.numbers[number]) for a, b in pairs}
-
-
-def minus(values, others):  # by seed
-    return {seed: values[seed] - others[seed] for seed in values if seed in others}
-
-
-def choose(cells, stop="last", without=None):
-    """The rho best in the mean over the cells' shared seeds (nan: none is in all), and those within a paired error."""
-    radii = sorted(set.intersection(*({*c.radii} for c in cells))) if all(stop in c.run.score for c in cells) else []
-    runs = {rho: [c.sam[rho][seed] for c in cells for seed in c.shared if seed != without] for rho in radii}
-    scores = {rho: np.array([run.score[stop] for run in runs[rho]]) for rho in radii}
-    best = max(scores, key=lambda rho: scores[rho].mean(), default=math.nan)
-    lost = {rho: scores[best] - score for rho, score in scores.items()}
-    error = {rho: d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else 0 for rho, d in lost.items()}
-    return best, [rho for rho in radii if lost[rho].mean() <= error[rho] + 1e-9]
-
-
-class Workload:  # Cells that differ in width (sparsity, depth) alone; others: all workloads by frozen settings
-    def __init__(self, settings, cells, others):
-        self.settings, self.others, self.shape = settings, others, settings["shape"]
-        self.deep, self.noise = isinstance(self.shape, str), settings["noise"]  # deep: by depth, not by width
-        self.xlabel = "hidden layers" if self.deep else "non-zero parameters" if settings["pruner"] else "parameters"
-        self.base, self.cells = freeze(settings | {"noise": 0}), sorted(cells, key=lambda c: (c.params, -c.nonzero))
-        self.metric, self.chosen_on = cells[0].run.metric, "held-out" if "held-out" in cells[0].run.score else "test"
-        self.dataset, name = str(settings["dataset"]), Path(str(settings["dataset"])).name
-        parts = [NAMES.get(name.lower(), name), settings["model"], settings["pruner"], "ASAM" * settings["adaptive"]]
-        parts += [self.shape if self.deep else "", f"{100 * self.noise:.4g}% flipped" * (self.noise > 0)]
-        self.title = ", ".join(filter(None, [*parts, LOOK.get(settings["perturb"], [""])[0]]))
-        paper, gains = PAPER.get(name.lower().replace("-jpeg", ""), (MNIST, ""))
-        self.usual, own = DEFAULTS | paper, all(settings[key] == value for key, value in paper.items())
-        self.paper = [(x, {0: y}) for x, y in np.array(gains.split(), float).reshape(-1, 2)] if own else []
-
-    def find(self, **changes):  # the workload that differs in these settings alone
-        return self.others.get(freeze(self.settings | changes))
-
-    def role(self):  # to which figures it belongs
-        roles = {"depth": self.deep, "part": self.settings["perturb"] != "all", "sparse": self.settings["pruner"]}
-        roles |= {"curve": self.dataset.startswith("curve"), "constant": self.settings["schedule"] == "constant"}
-        alike = [load for load in self.others.values() if load.find(weight_decay=0.0) is self]  # itself, too
-        roles["decay"] = len(alike) > 1 and self.usual["weight_decay"] > 0
-        longer = [n for n in self.cells[0].lengths if n > self.settings["epochs"] != self.usual["epochs"]]
-        roles["short"] = any(self.find(epochs=n) for n in longer)
-        return next((role for role, holds in roles.items() if holds), "noisy" if self.noise else "clean")
-
-    def tuned(self, cell):
-        """[(SGD's run, SAM's)]: each of the number of epochs, and SAM's of the rho, best at the held-out epoch; by the
-        seeds that all of them share, or else none."""
-        if len(cell.lengths) < 2 or "held-out" not in cell.run.score:
-            return []
-        alike = [c for n in cell.lengths if (load := self.find(epochs=n)) for c in load.cells if c.same == cell.same]
-        every = [*cell.lengths.values()], [runs for c in alike for runs in c.sam.values()]
-        mine = {*cell.shared}
-        seeds = sorted(mine.intersection(*(runs for tried in every for runs in tried if runs.keys() & mine)), key=str)
-        if not seeds:
-            return []
-        whole = [[[runs[seed] for seed in seeds] for runs in tried if runs.keys() >= {*seeds}] for tried in every]
-        return [*zip(*(max(tried, key=lambda runs: np.mean([r.score["held-out"] for r in runs])) for tried in whole))]
-
-    def points(self, what, number="last"):
-        """[(x, {seed: number})] of what LOOK names; x: the number of parameters that are not pruned, or of layers."""
-        *_, whose, changes = LOOK[what]
-        number = {"by its rule": "paper", "held-out": what}.get(what, number)
-        load, rho = self.find(**changes), choose(self.cells, number)[0] if what == "one rho" else None
-        if whose == "tuned":
-            return [(c.nonzero, gains(self.tuned(c), "held-out")) for c in self.cells]
-        if whose == "paper" or not load or (changes and load is self):
-            return self.paper if whose == "paper" else []
-        return [(len(c.run.layers) if self.deep else c.nonzero, c.values(whose, number, rho)) for c in load.cells]
-
-    def contrast(self, cell):  # the gain of a pruned network minus that of a dense one with as many weights left
-        dense = self.find(pruner=None) if self.settings["pruner"] else None
-        alike = [d for d in dense.cells if 0.95 < cell.nonzero / d.params < 1.05] if dense else []
-        nearest = min(alike, key=lambda d: abs(d.params - cell.nonzero), default=None)
-        return minus(cell.values("gain"), nearest.values("gain")) if nearest else {}
-
-    def trends(self, stop="last"):
-        """By seed: slopes per tenfold parameters; of the gain also widest - narrowest, its mean, and what that is above
-        the one at the next lower noise rate; or {}."""
-        if self.deep or self.settings["pruner"] or stop not in self.cells[0].run.score:
-            return {}
-        whats = ["gain", "SGD", "SAM", "one rho"] + ["tuned"] * (stop == "held-out")
-        points = {what: self.points(what, stop) for what in whats}
-        fitted = {what: trend(points[what]) for what in whats}
-        found = {what: slopes for what, (slopes, *_) in fitted.items()} | {"widest - narrowest": fitted["gain"][1]}
-        less = [load for load in self.others.values() if load.base == self.base and load.noise < self.noise]
-        for what in whats[::4]:
-            found[f"mean {what}"] = fitted[what][2]
-            for theirs in [dict(load.points(what, stop)) for load in sorted(less, key=lambda load: load.noise)[-1:]]:
-                both = [(x, minus(values, theirs[x])) for x, values in points[what] if x in theirs]
-                found[f"mean {what} - at less noise"] = trend(both)[2]
-        return found if found["gain"] else {}
-
-    def say(self, values):  # mean and interval of a gain, and where it includes zero, that it does
-        (mean, half), n = interval(values) if values else (0, 0), 2 if self.metric == "acc" else 3
-        text = f"{round(mean, n) + 0:+.{n}f}" + (f" ± {half:.{n}f}" if len(values) > 1 else " (one seed)")
-        return text + " unresolved" * bool(abs(mean) <= half) if values else ""
-
-
-def workloads(folder):
-    """The workloads of the result files below the folder, and {path: why} of those that are in none."""
-    found, sgd, sam, cells, depths, loads, left = map(defaultdict, (list, dict, dict, list, list, dict, str))
+def read_runs(folder):
+    """The runs below the folder, and lines about files that can't be used. Two files that disagree end the program."""
+    runs = {}
+    notes = []
     for path in sorted(Path(folder).glob("*/*.json")):
         try:
             run = Run(path)
-            found[run.key].append(run)
-        except Exception as error:  # a foreign file may be anything
-            left[path] = f"not a result file ({type(error).__name__}: {error})"
-    for (settings, _, rho, seed), twins in found.items():
-        if len({(run.status, *run.history.get("test_loss", ())) for run in twins}) > 1:
-            left |= {run.path: "another result of the same run differs" for run in twins}
+        except Exception as error:  # a foreign file may hold anything
+            notes.append(f"{path}: left out, not a result file ({type(error).__name__}: {error})")
             continue
-        run = max(twins, key=lambda run: (len(run.numbers), run.numbers.get("images", 0)))
-        if rho is not None:
-            sam[settings, run.sgd, run.epochs].setdefault(rho, {})[seed] = run
-        elif run.status == "done":
-            sgd[run.sgd].setdefault(run.epochs, {})[seed] = run
-    for (settings, base, epochs), radii in sam.items():
-        if epochs in sgd[base] and (made := Cell(epochs, sgd[base], radii)).radii:
-            cells[settings].append(made)
-    for key, cell in [(key, c) for key, made in cells.items() for c in made if len({*c.run.layers}) == 1]:
-        depths[freeze(json.loads(key) | {"shape": f"layers of {cell.run.layers[0]}"})].append(cell)
-    depths = {key: made for key, made in depths.items() if len(made) > 1}  # a width and a depth; then the latter alone
-    deep = sum(depths.values(), [])
-    cells = {key: made for key, made in cells.items() if len(made) > 1 or made[0] not in deep} | depths
-    loads |= {key: Workload(json.loads(key), made, loads) for key, made in cells.items()}
-    used = set()
-    for c in sum(cells.values(), []):  # other numbers of epochs: for tuning, which takes held-out data
-        parts = *(c.lengths.values() if "held-out" in c.run.score else (c.sgd, c.twice)), *c.sam.values()
-        used |= {run.key for runs in parts for run in runs.values()}
-    for run in [twins[0] for key, twins in found.items() if key not in used]:
-        why = "SAM diverged at this rho, or no run of SGD" if run.rho is not None else "no run of SAM"
-        left.setdefault(run.path, "diverged" if run.status == "diverged" else f"{why} beside it")
-    keys = {key for load in loads.values() for key in load.settings}
-    for key in sorted(keys, key=lambda key: (key != "dataset", key in KNOWN, key)):
-        titles = [title for title, _ in {(load.title, str(load.settings.get(key))) for load in loads.values()}]
-        for load in loads.values():  # as few settings as tell the titles apart
-            value = load.settings.get(key, default := load.usual.get(key, ""))
-            if value != default and (titles.count(load.title) > 1 or key in NAMED and load.metric == "acc"):
-                named = NAMED.get(key, key.replace("_", " ") + " {}")
-                load.title += ", " + named.format(f"{value:g}" if type(value) is float else value)
-    return sorted(loads.values(), key=lambda load: (load.role() != "clean", load.title)), left
+        twin = runs.setdefault(run.key, run)
+        if twin is not run:
+            runs[run.key] = choose_twin(twin, run)
+    return list(runs.values()), notes
 
 
-def short(n):  # 61035 as 61k, 1426410 as 1.4M
-    power = min(3, int(math.log10(n) / 3 + 1e-3))
-    return f"{n / 1000**power:.{2 if n / 1000**power < 99.5 else 3}g}" + ("", "k", "M", "G")[power]
+def choose_twin(one, other):
+    """Of two files of one run the one that says more."""
+    losses = [run.history.get("test_loss", ()) for run in (one, other)]
+    if one.status != other.status or not np.array_equal(*losses, equal_nan=True):
+        fail(f"{one.path} and {other.path} are different results of the same run; remove one of them")
+    if one.status == "done" and other.final.get("images", 0) > one.final.get("images", 0):
+        return other
+    return one
 
 
-def bars(points):  # x, mean, half the interval, at points (x, {seed: value}); of two seeds it is too long to draw
-    found = [(x, *interval(values), len(values)) for x, values in points]
-    return zip(*[(x, mean, half if n > 2 else math.nan) for x, mean, half, n in found])
+def fail(message):
+    """Ends the program with one line and status 2."""
+    os.write(2, f"plot.py: {message}\n".encode(errors="surrogateescape"))
+    raise SystemExit(2)
 
 
-def draw(ax, points, label, style, color, *_):
-    """A series: mean and interval at each point (x, {seed: value}); thin and grey, if it is solid, a line a seed."""
-    points = [(x, values) for x, values in points if values]
-    for seed in {s for _, values in points for s in values} if "-" in style else ():
-        own = zip(*[(x, values.get(seed, math.nan)) for x, values in points])
-        ax.plot(*own, ".-", color=GREY, linewidth=0.5, markersize=2.5, zorder=1, label="a seed")
-    if points:
-        look = {"color": color, "markerfacecolor": color if "-" in style else "white", "markersize": 4.5}
-        ax.errorbar(*bars(points), fmt=style, label=label, elinewidth=1, **look)
+# ======================================================================================================================
+# Statistics
+# ======================================================================================================================
 
 
-def ticks(ax, names, log=True, **more):
-    """Ticks {x: name} at what was used, named as far as there is room."""
-    place, named = math.log if log else float, []
-    room = 0.35 * ax.figure.dpi / ax.bbox.width * (place(max(names)) - place(min(names)))  # 0.35 inches
-    for x in sorted(names, key=lambda x: x not in (min(names), max(names))):
-        if all(abs(place(x) - place(other)) > room for other in named):
-            named.append(x)
-    ax.set(xscale="log" if log else "linear", **more)
-    ax.set_xticks(named, [names[x] for x in named])
-    ax.set_xticks([*names], [""] * len(names), minor=True)
+@functools.cache
+def student_t(freedom):
+    """The t between whose negative and itself lie 95% of Student's distribution, by integrating its density."""
+    t = np.linspace(0, 13, 100_001)
+    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+    density = np.exp(scale - (freedom + 1) / 2 * np.log1p(t * t / freedom))
+    below = np.cumsum(density[1:] + density[:-1]) * (t[1] - t[0]) / 2
+    return float(np.interp(0.475, below, t[1:]))
 
 
-def shade(load, c):  # a line's look by log parameters; up to 0.8 of viridis: no yellow on white
-    first, last, own = (math.log(cell.params) for cell in (load.cells[0], load.cells[-1], c))
-    at = (own - first) / (last - first) if first < last else 0.5
-    names = {0: "narrowest", 1: "widest", 0.5: "the only width"}
-    return {"color": matplotlib.colormaps["viridis"](0.8 * at), "label": names[at] if at in names else None}
+def interval(values):
+    """Mean of {seed: value}, half the width of its 95% interval (nan of one seed), number of seeds."""
+    values = np.array(list(values.values()), float)
+    n = len(values)
+    if n < 2:
+        return float(values.mean()), math.nan, n
+    return float(values.mean()), student_t(n - 1) * values.std(ddof=1) / math.sqrt(n), n
 
 
-def by_rho(ax, load, number):
-    """A line a cell: means over the seeds that its radii share, evenly spaced from SGD (0) on; returns {rho: x}."""
-    at = {rho: x for x, rho in enumerate(sorted({rho for c in load.cells for rho in c.tried}), start=1)}
-    for c in load.cells:
-        runs, best = {0: c.sgd} | {at[rho]: c.sam[rho] for rho in c.radii}, at[c.chosen["last"][0]]
-        having = {x: [s for s in c.shared if number in runs[x][s].numbers] for x in runs}  # curvature: some alone
-        seeds = [s for s in c.shared if all(s in own for own in having.values() if own)]
-        points = {x: {s: runs[x][s].numbers[number] for s in seeds} for x in runs if having[x] and seeds}
-        if points:
-            ax.errorbar(*bars(points.items()), fmt=".-", linewidth=1, elinewidth=0.7, **shade(load, c))
-        if best in points:
-            ax.plot(best, interval(points[best])[0], "o", markerfacecolor="none", color=SAM, markersize=8)
-    ticks(ax, {0: "SGD"} | {x: f"{rho:g}" for rho, x in at.items()}, log=False, xlabel="rho")
-    return at
+def difference(values, others):
+    """values - others, by seed."""
+    return {seed: values[seed] - others[seed] for seed in values if seed in others}
 
 
-def by_epoch(ax, cell, i, key, start=0, **style):  # SGD's (i = 0) or SAM's (1) mean over seeds
-    mean = np.mean([pair[i].history[key] for pair in cell.pairs()], axis=0)
-    ax.plot(np.arange(start, len(mean)) + 1, mean[start:], linewidth=1, **style)
-    ax.set(xscale="linear", xlabel="epoch", yscale="log" if key == "train_loss" else "linear")
+def common_seeds(points):
+    """Of points (x, {seed: value}), the seeds of a trend: those that three or more share over the most x."""
+    count = Counter()
+    for _, values in points:
+        count.update(values.keys())
+    ranked = sorted(count, key=lambda seed: (-count[seed], seed))
+    best = []
+    most = 1
+    for n in [*range(len(ranked), 2, -1), 2, 1]:
+        if n < 3 and best:
+            break
+        seeds = ranked[:n]
+        shared = {x for x, values in points if values.keys() >= set(seeds)}
+        if len(shared) > most:
+            best = seeds
+            most = len(shared)
+    return best
 
 
-def sheet(loads, *rows):
-    """A column a workload, up to twelve in rows of four; a row: its name, what of LOOK, which number, or nothing."""
-    shown = loads[:12]
-    across, wide = {1: (1, 2.7), 2: (2, 1.75)}.get(len(shown), (3 if len(shown) in (3, 5, 6) else 4, 1.15))
-    block = 0.65 + 1.75 * len(rows)  # inches: of a column, its title included
-    down = math.ceil(len(shown) / across) or 1
-    fig = Figure((across * (wide + 0.8), down * block))
-    fig.columns, fig.left_out = [], loads[12:]
-    grid = {"left": 0, "right": wide / (wide + 0.8), "bottom": 0.6 / block, "top": 1 - 0.65 / block}
-    for load, part in zip(shown, fig.subfigures(down, across, squeeze=False).flat):
-        axes = [*part.subplots(len(rows), squeeze=False, gridspec_kw=grid | {"hspace": 0.6 / 1.15}).flat]
-        title = load.title.replace(" ", "\xa0").replace(",\xa0", ", ")  # to be broken at commas
-        axes[0].set_title(textwrap.fill(title, int(15 * wide + 11)))
-        for row, ax in zip(rows, axes):
-            name, whats, number = (text.format(*WORDS[load.metric]) for text in (*row, *("", "", "last")[len(row) :]))
-            series = {what: load.points(what, number) for what in whats.split(", ") if what}
-            for what, points in series.items():
-                draw(ax, points, *LOOK[what])
-            ax.set_visible(not whats or any(values for points in series.values() for _, values in points))
-            ax.set_yscale("log" if number in ("train_loss", "bend of y") else "linear")
-            if row[0].startswith("{0}"):
-                ax.axhline(0, color="black", linewidth=0.7, zorder=0)
-                if series and (gain := load.trends(number if number in STOPS else "last").get("gain")):
-                    ax.set_title(f"{ax.get_title()}\nn={len(gain)}: {load.say(gain)}".strip())
-            ax.title.set_fontsize(7 if across > 2 else 8)
-            used = sum(series.values(), load.points("SGD") + load.points("dense"))
-            at = {x: x if load.deep else short(x) for x, _ in used}
-            ticks(ax, at, not load.deep, xlabel=load.xlabel, ylabel=name)
-        fig.columns.append((axes, load))
-    return fig
+def trend(points):
+    """Of points (x, {seed: value}), by seed: the least-squares slope over x, and the mean."""
+    seeds = common_seeds(points)
+    if not seeds:
+        return {}, {}
+    complete = [(x, values) for x, values in points if values.keys() >= set(seeds)]
+    x = [x for x, _ in complete]
+    y = np.array([[values[seed] for seed in seeds] for _, values in complete])
+    slopes = np.polyfit(x, y, 1)[0]
+    return dict(zip(seeds, slopes)), dict(zip(seeds, y.mean(axis=0)))
 
 
-def finish(fig, caption, path):
-    """Below the axes the legend and the caption."""
-    tests = " or ".join(f"{n:,} " for n in sorted({c.run.tests for _, load in fig.columns for c in load.cells} - {0}))
-    tests = f", on these {tests}test data" * any(ax.get_ylabel().startswith(("gain", "test")) for ax in fig.axes)
-    bars = f" Bars: 95% intervals (Student's t) over three seeds or more{tests}, pointwise."
-    caption += bars * any(ax.containers for ax in fig.axes)
-    caption += " n: seeds, the gain's slope per tenfold parameters." * any("n=" in ax.get_title() for ax in fig.axes)
-    chosen_on = " or, where there are none, on ".join(sorted({load.chosen_on for _, load in fig.columns}))
-    caption += f" rho is chosen on {chosen_on} data."
-    width = fig.get_figwidth()
-    keys = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    across = max(1, int(14 * width / (max(map(len, keys), default=0) + 6)))
-    look = {"title": textwrap.fill(" ".join(caption.split()), int(17 * width)), "alignment": "left", "ncols": across}
-    fig.legend(keys.values(), keys, loc="upper left", bbox_to_anchor=(-0.6 / width, 0), **look)
-    fig.savefig(path, dpi=150, bbox_inches="tight")  # which has the legend and the caption, below the figure
+def straight_line(x, y):
+    """Slope of y over x, and R^2."""
+    return float(np.polyfit(x, y, 1)[0]), float(np.corrcoef(x, y)[0, 1] ** 2)
 
 
-GAINS = ("{0}, last", "one rho, gain"), ("{0}, held-out", "paper, by its rule, one rho, tuned, gain", "held-out")
+def exponential_fit(loss):
+    """Slope of ln(loss) per epoch and R^2, from the second epoch until float32 ends, at 1e-7 of the first loss."""
+    ends = np.flatnonzero(loss <= 1e-7 * loss[0])
+    end = int(ends[0]) if len(ends) else len(loss)
+    if end < 4 or np.ptp(loss[1:end]) == 0:
+        return {}
+    slope, r2 = straight_line(np.arange(1, end), np.log(loss[1:end]))
+    return {"rate": slope, "rate_r2": r2}
 
 
-class Figures(list):  # All workloads; a method draws a figure, its docstring is the caption: so add yours
-    def of(self, *roles):
-        return [load for load in self if load.role() in roles]
-
-    def gain_by_width(self):
-        """SAM's gain over SGD by width: after the last epoch, and where each run stops at its best held-out epoch;
-        tuned: each has its best number of epochs. The paper's rule: best test epoch, and the rho best on test data. The
-        paper's points: where the settings are its own (synthetic: but for rate, schedule; held-out data aside)."""
-        return sheet(self.of("clean"), *GAINS)
-
-    def label_noise(self):
-        """SAM's gain over SGD by width and fraction of flipped labels: after the last epoch, and where each run stops
-        at its best held-out epoch (held-out labels are clean); tuned: each has its best number of epochs. The paper's
-        rule: best test epoch, and the rho best on test data."""
-        order = sorted(self.of("clean", "noisy"), key=lambda load: (load.base, load.noise))
-        fig = sheet([load for load in order if any(load.base == other.base for other in self.of("noisy"))], *GAINS)
-        for (first, a), (second, b) in zip(fig.columns, fig.columns[1:]):
-            for ax, other in zip(second, first) if a.base == b.base else ():
-                ax.sharey(other)
-                ax.autoscale(axis="y")
-        return fig
-
-    def accuracy_by_width(self):
-        """SGD and SAM on test data, and SGD of twice the epochs, where it was run; below, on training data, where
-        labels are flipped also by their originals. Dashed, synthetic data: the noise floor, and a constant's loss."""
-        rows = ("{1}", "SGD, SAM, twice"), ("{2}", "SGD, SAM", "train_{3}")
-        fig = sheet(self.of("clean", "noisy"), *rows, ("on true labels (%)", "SGD, SAM", "train_clean_acc"))
-        for top in [axes[0] for axes, load in fig.columns if load.dataset == "teacher"]:
-            top.hlines([1, 1.306], *top.get_xlim(), "black", "--", label="noise, a constant", linewidth=0.7)
-        return fig
-
-    def rho(self):
-        """Test metric after the last epoch by rho, means over the seeds that all radii share; ringed: the chosen rho.
-        Below, the chosen rho, the range of those within a paired standard error, and the grid's edges (dashed)."""
-        fig = sheet(self.of("clean", "noisy"), ("{1}",), ("best rho",))
-        for (top, bottom), load in fig.columns:
-            at = by_rho(top, load, "last")
-            for c, (best, alike) in [(c, c.chosen["last"]) for c in load.cells]:
-                bottom.plot([c.params] * 2, [at[alike[0]], at[alike[-1]]], color="black", zorder=1)
-                bottom.plot(c.params, at[best], "o", color=SAM)
-            edges = [(at[c.tried[0]], at[c.tried[-1]]) for c in load.cells]
-            bottom.plot([c.params for c in load.cells], edges, "--", color="black", linewidth=0.7)
-            bottom.set_yticks([*at.values()], [f"{rho:g}" for rho in at], fontsize=9 if len(at) < 9 else 5)
-        return fig
-
-    def sparsity(self):
-        """Networks pruned at initialization: gain by non-zero parameters (dotted: of dense networks). By those before
-        pruning: SGD and SAM; the gain minus that of dense networks of as many non-zero ones (within 5%)."""
-        fig = sheet(self.of("sparse"), ("{0}", "dense, gain"), ("{1}",), ("{0}, difference",))
-        for (_, *below), load in fig.columns:
-            draw(below[1], [(c.params, load.contrast(c)) for c in load.cells], "pruned - dense", "D-", "black")
-            for what in ("SGD", "SAM"):
-                draw(below[0], [(c.params, c.values(what)) for c in load.cells], *LOOK[what])
-            for ax in below:
-                ticks(ax, {c.params: short(c.params) for c in load.cells}, xlabel="parameters before pruning")
-        return fig
-
-    def regularization(self):
-        """SAM's gain with weight decay (SAM - SGD) and without."""
-        loads = [load for load in self.of("clean", "noisy", "short") if load.points("no decay")]
-        return sheet(loads, ("{0}", "gain, no decay"))
-
-    def interpolation(self):
-        """SAM's gain against SGD's accuracy on the labels trained on, in its last epoch: a mark a seed and width."""
-        fig = sheet([load for load in self.of("noisy") if load.metric == "acc"], ("",))
-        for (ax,), load in fig.columns:
-            for c in load.cells:
-                sgd, gain = c.values("SGD", "train_acc"), c.values("gain")
-                ax.plot([sgd[seed] for seed in gain], [*gain.values()], ".", clip_on=False, **shade(load, c))
-            ticks(ax, {x: x for x in range(0, 101, 20)}, log=False, xlabel="SGD's accuracy (%)", ylabel="gain (points)")
-        return fig
-
-    def curves(self):
-        """The narrowest network (dashed) and the widest over the epochs: paired gain, each seed in grey; test data,
-        where labels are clean from the first drop of the rate on; training loss. Dotted: where the rate drops."""
-        fig = sheet(self.of("clean", "noisy"), ("{0}",), ("{1}",), ("training loss",))
-        for axes, load in fig.columns:
-            rate, key = load.cells[0].run.history["lr"], f"test_{load.metric}"
-            drops = np.flatnonzero((rate[1:] < rate[:-1] / 2) & (load.settings["schedule"] == "step")) + 1
-            for cell, style, name in ((load.cells[0], "--", "narrowest"), (load.cells[-1], "-", "widest")):
-                gains = np.array([a.sign * (b.history[key] - a.history[key]) for a, b in cell.pairs()]).T
-                axes[0].plot(np.arange(len(rate)) + 1, gains, style, color=GREY, linewidth=0.4, label="a seed")
-                axes[0].plot(np.arange(len(rate)) + 1, gains.mean(axis=1), style, color=SAM, label=f"SAM - SGD, {name}")
-                for i, (what, color) in enumerate((("SGD", SGD), ("SAM", SAM))):
-                    look = {"linestyle": style, "color": color, "label": f"{what}, {name}"}
-                    by_epoch(axes[1], cell, i, key, 0 if load.noise or not len(drops) else drops[0], **look)
-                    by_epoch(axes[2], cell, i, "train_loss", **look)
-            for ax in axes:
-                ticks(ax, {e: e for e in (1, *drops, len(rate))}, log=False, xlabel="epoch")
-                ax.vlines(drops + 0.5, 0, 1, "black", ":", linewidth=0.7, zorder=1, transform=ax.get_xaxis_transform())
-        return fig
-
-    def functions(self):
-        """One hidden layer on 12 points (black; scaled: smaller output weights). Functions of SGD (blue), SAM (orange)
-        at up to four widths, as far as |f| < 5, a line a seed; total variation of the slope, sum of |f''|; loss."""
-        loads = [load for load in self.of("curve") if load.cells[0].run.function]
-        rows = [("",)] * min(4, max((len(load.cells) for load in loads), default=0))
-        rows += ("sum of |f''|", "SGD, SAM", "bend of y"), ("training loss", "SGD, SAM", "train_loss")
-        fig = sheet(loads, *rows)
-        for (*axes, bend, _), load in fig.columns:
-            shown = sorted({*np.linspace(0, len(load.cells) - 1, len(axes)).round().astype(int)})
-            for ax, c in zip(axes, [load.cells[i] for i in shown]):
-                for run in [run for run in sum(c.pairs(), ()) if "y" in run.function]:
-                    y = np.where(abs(run.function["y"]) < 5, run.function["y"], math.nan)
-                    ax.plot(run.function["x"], y, color=SGD if run.rho is None else SAM, linewidth=0.7)
-                ax.plot(*CURVE, ".", color="black", markersize=4)
-                ax.set(xscale="linear", xlabel="x", ylabel=f"width {c.width}", yticks=range(-4, 5, 2))
-            for ax in axes[len(shown) :]:  # of a workload of fewer widths
-                ax.set_visible(False)
-            draw(bend, load.points("SGD", "bend of y_initial"), "at initialization", "^:", "black")
-        return fig
-
-    def convergence(self):
-        """Training loss at a constant rate, a line a width (mean over seeds): SAM, SGD. Below, the slope of ln(loss)
-        per epoch, and its R^2, from the second epoch until the loss is 1e-7 of the first, where float32 ends."""
-        rows = ("loss of SAM",), ("loss of SGD",), *[(name, "SGD, SAM", name) for name in ("rate", "R^2")]
-        fig = sheet(self.of("constant"), *rows)
-        for axes, load in fig.columns:
-            axes[0].sharey(axes[1])
-            for c, i in [(c, i) for c in load.cells for i in (0, 1)]:
-                by_epoch(axes[1 - i], c, i, "train_loss", **shade(load, c))
-        return fig
-
-    def sharpness(self):
-        """Largest eigenvalue of the Hessian on some training images, its non-uniformity s2, training loss; by rho.
-        Dashed: the paper's bounds (squared loss, constant rate; un-normalized SAM at batch 1, so references only)."""
-        loads = [load for load in self if any(c.curved for c in load.cells)]
-        rows = ("largest\neigenvalue", "lambda_max"), ("s2", "s2"), ("training loss", "train_loss")
-        fig = sheet(loads, *[(name, "SGD, SAM", key) for name, key in rows], *[(name,) for name, _ in rows[:2]])
-        for (_, _, _, *below), load in fig.columns:
-            at = [by_rho(ax, load, key) for ax, key in zip(below, ("lambda_max", "s2"))][0]
-            if load.settings["schedule"] == "constant" and load.settings["loss"] == "mse":
-                eta, rhos = load.settings["lr"], (0, *at)
-                sharp = [4 / eta / (1 + math.sqrt(1 + 8 * rho / eta)) for rho in rhos]
-                spread = [(eta * (eta - 2 * rho)) ** -0.5 if 2 * rho < eta else math.nan for rho in rhos]
-                for ax, bound in zip(below, (sharp, spread)):
-                    ax.plot([0, *at.values()], bound, "--", color="black", label="bounds")
-        return fig
-
-    def layers(self):
-        """The last layer's share of |g|^2 as SAM perturbs, mean over epochs; gain of perturbing all, or a part."""
-        parts = [load for load in self.of("clean", "noisy") if load.points("rest") or load.points("last")]
-        return sheet(parts, ("last layer's\nshare (%)", "SAM", "share"), ("{0}", "gain, rest, last"))
-
-    def depth(self):
-        """Gain, and SGD and SAM, by the number of hidden layers of one width."""
-        return sheet(self.of("depth"), ("{0}", "gain, held-out"), ("{1}", "SGD, SAM"))
+def variation_of_slope(x, y):
+    """Sum of |f''|: the total variation of the slope of a function on a grid."""
+    return float(np.abs(np.diff(np.diff(y) / np.diff(x))).sum())
 
 
-def table(rows):  # Markdown, of dicts, without the keys that are empty in all
-    keys = dict.fromkeys(key for row in rows for key in row if row[key] != "")
-    lines = keys, ["---"] * len(keys), *([row.get(key, "") for key in keys] for row in rows)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+# ======================================================================================================================
+# Pairing
+# ======================================================================================================================
+
+VARIANT = {"adaptive", "perturb"}  # settings of SAM alone
+DATASETS = {"mnist": "MNIST", "fashionmnist": "Fashion-MNIST", "kmnist": "KMNIST", "svhn": "SVHN"}
+DATASETS |= {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "data/cifar10-jpeg": "CIFAR-10 (JPEG copy)"}
 
 
-def rounded(values):  # mean and interval to the interval's second digit
-    mean, half = interval(values)
-    if not half > 0:  # one seed, or all alike
-        return f"{mean:.4g}"
-    digits = max(0, 1 - math.floor(math.log10(half)))
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+class Network:
+    """The runs of one width: SGD's by seed, SAM's by rho and seed."""
+
+    def __init__(self, run, by_depth):
+        self.key = run.network
+        self.width = f"{run.width} at {run.sparsity:g}" if run.sparsity else run.width
+        self.params = run.params
+        self.nonzero = run.nonzero
+        self.position = len(run.layers) if by_depth else run.params  # on a figure's axis
+        self.x = (
+            self.position if by_depth else math.log10(run.params)
+        )  # slopes are per layer, or per tenfold parameters
+        self.sgd = {}
+        self.sam = {}
+
+    def add(self, run):
+        runs = self.sam.setdefault(run.rho, {}) if run.sam else self.sgd
+        runs[run.seed] = run
+
+    def pair(self):
+        """Keeps what can be compared: radii at which no seed diverged, at seeds that SGD has, too."""
+        self.diverged = {}
+        self.sgd_diverged = sorted(seed for seed, run in self.sgd.items() if run.status == "diverged")
+        self.sgd = {seed: run for seed, run in self.sgd.items() if run.status == "done"}
+        self.all_sam = {}
+        for rho, runs in sorted(self.sam.items()):
+            if any(run.status == "diverged" for run in runs.values()):
+                self.diverged[rho] = runs
+            else:
+                self.all_sam[rho] = runs
+        self.sam = {}
+        for rho, runs in self.all_sam.items():
+            self.sam[rho] = {seed: run for seed, run in runs.items() if seed in self.sgd}
+        self.radii, self.seeds = comparable(self.sam)
+
+    def best_rho(self, rule):
+        return best_rho([self], rule)
+
+    def pairs(self, rule, rho=None):
+        """(SGD's run, SAM's run) of each seed, at this rho or the best."""
+        runs = self.sam.get(self.best_rho(rule) if rho is None else rho, {})
+        return [(self.sgd[seed], run) for seed, run in runs.items()]
+
+    def runs(self, optimizer, rule, rho=None):
+        return [sgd if optimizer == "SGD" else sam for sgd, sam in self.pairs(rule, rho)]
+
+    def gains(self, rule, rho=None):
+        return {sgd.seed: sam.score(rule) - sgd.score(rule) for sgd, sam in self.pairs(rule, rho)}
+
+    def scores(self, optimizer, rule):
+        return {run.seed: run.score(rule) for run in self.runs(optimizer, rule)}
+
+    def final_values(self, optimizer, name, rho=None):
+        """{seed: number after training}, such as train_loss or lambda_max, of the runs that have it."""
+        runs = self.runs(optimizer, "last", rho)
+        return {run.seed: run.final[name] for run in runs if name in run.final}
 
 
-def summary(loads):  # Markdown: the trends, and a table for each workload
-    trends, text = [], ""
-    for load in loads:
-        for stop, slopes in [(stop, slopes) for stop in STOPS if (slopes := load.trends(stop))]:
-            whole = [values for _, values in load.points("gain", stop) if values.keys() >= slopes["gain"].keys()]
-            row = {"workload": load.title, "epoch": STOPS[stop], "seeds": len(slopes["gain"])}
-            row |= {"widths": f"{len(whole)} of {len(load.cells)}", "that rho": f"{choose(load.cells, stop)[0]:g}"}
-            trends.append(row | {what: load.say(values) for what, values in slopes.items()})
-        rows = []
-        for c in load.cells:
-            best, alike = c.chosen["last"]
-            edge = ", the grid's edge" * (len(c.tried) > 1 and best in (c.tried[0], c.tried[-1]))
-            row = {"width": c.width, "parameters": f"{c.params:,}", "non-zero": f"{c.nonzero:,}"}
-            row |= {"seeds": len(c.pairs()), "rho": f"{best:g}{edge}", "as good": f"{alike[0]:g} to {alike[-1]:g}"}
-            stops = [stop for stop in ("held-out", "paper") if stop in c.run.score]
-            row |= {f"rho, {STOPS[stop]}": f"{c.chosen[stop][0]:g}" for stop in stops}
-            row["tuned"] = "".join(f"{a.epochs:g}; {b.epochs:g}, rho {b.rho:g}" for a, b in load.tuned(c)[:1])
-            numbers = "last paper train_acc train_loss lambda_max s2 trace rate R^2 share".split() + ["bend of y"]
-            found = {f"{who} {number}": c.values(who, number) for number in numbers for who in ("SGD", "SAM")}
-            curved = ("lambda_max", "s2", "train_loss") if c.curved else ()
-            found |= {f"{name} at rho {rho:g}": c.values("SAM", name, rho) for name in curved for rho in c.tried}
-            row |= {name: rounded(values) for name, values in found.items() if values}
-            shown = {"gain": c.values("gain")} | {f"gain at rho {rho:g}": c.values("gain", rho=rho) for rho in c.radii}
-            others = {seed: choose([c], without=seed)[0] for seed in c.shared if len(c.shared) > 1}
-            shown["gain, rho of the other seeds"] = {s: c.values("gain", rho=rho)[s] for s, rho in others.items()}
-            shown |= {f"gain, {STOPS[stop]}": c.values("gain", stop) for stop in ("held-out", "paper")}
-            shown |= {f"gain over twice the epochs, {STOPS[s]}": gains(c.pairs(None, s, True), s) for s in STOPS}
-            shown["tuned gain"] = gains(load.tuned(c), "held-out")
-            shown["gain - that of dense networks of as many"] = load.contrast(c)
-            rows.append(row | {name: load.say(values) for name, values in shown.items()})
-        text += f"\n## {load.title}\n\nrho is chosen on {load.chosen_on} data.\n\n{table(rows)}"
-    return f"""# Trends
+def comparable(settings):
+    """Names of the {name: {seed: run}} that share seeds, and these; those of the fewest seeds are left out first."""
+    names = sorted(settings)
+    names.sort(key=lambda name: -len(settings[name]))
+    while names:
+        seeds = set.intersection(*(set(settings[name]) for name in names))
+        if seeds:
+            return sorted(names), sorted(seeds)
+        names.pop()
+    return [], []
 
-Slopes per tenfold parameters, SGD's and SAM's of their test metric; ±: half a 95% interval over seeds on these test
-data, unresolved if it includes zero. `tuned`: SGD and SAM each at the number of epochs that is best on held-out
-data. `as good`: radii within a paired error of the best; `last`, `paper`: last, best test epoch; `rate`, `R^2`: of
-ln(training loss) by epoch; `bend of y`: sum of |f''|; `share`: last layer's, of |g|^2.
 
-{table(trends)}{text}"""
+def best_rho(networks, rule):
+    """The rho that is best in the mean over the networks and the seeds that their radii share; None: none is in all."""
+    means = {}
+    for rho in networks[0].radii:
+        scores = []
+        for network in networks:
+            if rho in network.radii:
+                scores.append([network.sam[rho][seed].choice(rule) for seed in network.seeds])
+        if len(scores) == len(networks):
+            means[rho] = np.concatenate(scores).mean()
+    return max(means, key=means.get, default=None)
+
+
+class Sweep:
+    """Runs that differ in width (or depth, or sparsity), optimizer, rho and seed alone."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.dataset = settings["dataset"]
+        self.model = settings["model"]
+        self.noise = settings["noise"]
+        self.pruner = settings["pruner"]
+        self.by_depth = self.model.startswith("MLP of layers of")
+        self.networks = {}
+        self.metric = "acc"
+        self.rules = []
+
+    def add(self, run):
+        if run.network not in self.networks:
+            self.networks[run.network] = Network(run, self.by_depth)
+        self.networks[run.network].add(run)
+        self.epochs = run.epochs
+        if run.status == "done":
+            self.metric = run.metric
+            self.rules = ["last", "paper"] if run.held_out is None else ["last", "held-out", "paper"]
+
+    def pair(self):
+        self.networks = dict(sorted(self.networks.items()))
+        for network in self.networks.values():
+            network.pair()
+        self.paired = [network for network in self.networks.values() if network.radii]
+        self.positions = [network.position for network in self.paired]
+        self.radii = sorted(set().union(*(network.radii for network in self.paired)))
+
+    def without(self, *names):
+        return {key: value for key, value in self.settings.items() if key not in names}
+
+    def title(self, *without):
+        parts = [DATASETS.get(self.dataset, self.dataset), self.model]
+        if "noise" in without:
+            parts.append("all rates of flipped labels")
+        elif self.noise:
+            parts.append(f"{100 * self.noise:g}% flipped")
+        if self.pruner:
+            parts.append(f"pruned ({self.pruner})")
+        for key, value in self.without("dataset", "model", "noise", "pruner", *without).items():
+            if key in UNITS:
+                parts.append(f"{value:,} {UNITS[key]}")
+            else:
+                text = f"{value:g}" if isinstance(value, float) else str(value)
+                parts.append(f"{key.replace('_', ' ')} {text}".removesuffix(" True"))
+        return ", ".join(parts).encode(errors="replace").decode()
+
+    # Of each width in turn: {seed: value}
+
+    def gains(self, rule, rho=None):
+        return [network.gains(rule, rho) for network in self.paired]
+
+    def scores(self, optimizer, rule):
+        return [network.scores(optimizer, rule) for network in self.paired]
+
+    def final_values(self, optimizer, name):
+        return [network.final_values(optimizer, name) for network in self.paired]
+
+    def twin(self, network):
+        """The network here that has as many weights, of a pruned one as many as are left, within 5%; or None."""
+        slack = 0.05 if network.nonzero < network.params else 0
+        near = [other for other in self.paired if abs(network.nonzero / other.nonzero - 1) <= slack]
+        return min(near, key=lambda other: abs(other.nonzero - network.nonzero), default=None)
+
+
+def build_sweeps(runs):
+    sweeps = {}
+    for run in runs:
+        for model in run.models:
+            settings = {**run.settings, "model": model}
+            key = frozenset(settings.items())
+            if key not in sweeps:
+                sweeps[key] = Sweep(settings)
+            sweeps[key].add(run)
+
+    for sweep in sweeps.values():  # SGD's runs are shared by all variants of SAM
+        basic = sweeps.get(frozenset(sweep.without(*VARIANT).items()))
+        for key, network in sweep.networks.items():
+            if basic and key in basic.networks:
+                network.sgd = basic.networks[key].sgd
+    for sweep in sweeps.values():
+        sweep.pair()
+    kept = drop_single(list(sweeps.values()))
+    return tuple(sorted(kept, key=lambda sweep: (sweep.noise, sweep.title("epochs"), sweep.epochs)))
+
+
+def drop_single(sweeps):
+    """Without the sweeps of equal layers that have one network, where it has company in another sweep."""
+    deep = set()
+    for sweep in sweeps:
+        if sweep.by_depth and len(sweep.networks) > 1:
+            deep.update(sweep.networks)
+    kept = []
+    for sweep in sweeps:
+        single = len(sweep.networks) == 1
+        if not (single and (sweep.by_depth or deep.issuperset(sweep.networks))):
+            kept.append(sweep)
+    return kept
+
+
+def families(sweeps, *free):
+    """Lists of the sweeps that differ in these settings alone, such as "epochs"."""
+    found = {}
+    for sweep in sweeps:
+        found.setdefault(frozenset(sweep.without(*free).items()), []).append(sweep)
+    return list(found.values())
+
+
+def longest(family):
+    """Of sweeps that differ in epochs, the longest that has both SGD and SAM, or None."""
+    return max((sweep for sweep in family if sweep.paired), key=lambda sweep: sweep.epochs, default=None)
+
+
+# ======================================================================================================================
+# SGD and SAM, each at its best settings
+# ======================================================================================================================
+
+FREE = {"tuned": ("epochs",), "fresh": ("epochs", "lr", "weight_decay")}  # what is chosen, together with rho
+
+
+class Tuned:
+    """SGD and SAM at one width, each with the settings that are best on held-out data, at its best held-out epoch.
+
+    tried: {(optimizer, epochs, rho, lr, weight decay): {seed: run}}; seeds to choose on; fresh: score the other seeds.
+    """
+
+    def __init__(self, tried, selection_seeds, fresh):
+        self.selection_seeds = selection_seeds
+        self.tried = Counter(name[0] for name in tried)
+        self.chosen = {"SGD": {}, "SAM": {}}
+        best = {"SGD": -math.inf, "SAM": -math.inf}
+        for name, runs in sorted(tried.items()):
+            optimizer = name[0]
+            score = np.mean([runs[seed].choice("held-out") for seed in selection_seeds])
+            if score > best[optimizer]:
+                best[optimizer] = score
+                self.chosen[optimizer] = runs
+        both = self.chosen["SGD"].keys() & self.chosen["SAM"].keys()
+        self.scored_seeds = sorted(both.intersection(selection_seeds))
+        if fresh:
+            others = sorted(both.difference(selection_seeds))
+            self.scored_seeds = others if len(others) > 2 else []
+
+    def scores(self, optimizer):
+        return {seed: self.chosen[optimizer][seed].score("held-out") for seed in self.scored_seeds}
+
+    def gains(self):
+        return difference(self.scores("SAM"), self.scores("SGD"))
+
+    def run(self, optimizer):
+        return self.chosen[optimizer][self.selection_seeds[0]]
+
+
+def settings_tried(sweeps, sweep, key, free):
+    """What Tuned takes: all that was tried at one width by sweeps that differ in the free settings alone."""
+    tried = {}
+
+    def add(optimizer, rho, runs):
+        for run in list(runs.values())[:1]:
+            tried[optimizer, run.epochs, rho, run.lr, run.weight_decay] = runs
+
+    for other in sweeps:
+        if key in other.networks and other.rules == sweep.rules:
+            if other.without(*free) == sweep.without(*free, *VARIANT):
+                add("SGD", 0.0, other.networks[key].sgd)
+            if other.without(*free) == sweep.without(*free):
+                for rho, runs in other.networks[key].all_sam.items():
+                    add("SAM", rho, runs)
+    return tried
+
+
+def choose_settings(sweeps, sweep, key, rule, most_epochs=math.inf):
+    """SGD and SAM at one width, each with its best settings; None where there is no choice.
+
+    tuned: epochs and rho, chosen and scored on the seeds that all settings share. fresh: rate and decay, too, chosen on
+    the seeds that most settings have, of those that have them all, and scored on the others, if these are three.
+    most_epochs: of SAM; SGD, which takes one gradient a step, may have twice as many.
+    """
+    limit = {"SGD": 2 * most_epochs, "SAM": most_epochs}
+    tried = settings_tried(sweeps, sweep, key, FREE[rule])
+    tried = {name: runs for name, runs in tried.items() if name[1] <= limit[name[0]]}
+    seeds = seeds_of_most(tried) if rule == "fresh" else comparable(tried)[1]
+    complete = {name: runs for name, runs in tried.items() if runs.keys() >= set(seeds)}
+    count = Counter(name[0] for name in complete)
+    if not seeds or count["SGD"] < 2 or count["SAM"] == 0:
+        return None
+    if rule == "fresh" and len({name[3:] for name in complete}) == 1:  # one rate and decay, as in tuned
+        return None
+    best = Tuned(complete, seeds, rule == "fresh")
+    best.left_out = sorted(tried.keys() - complete.keys())
+    return best
+
+
+def seeds_of_most(settings):
+    """The seeds that more than half of the {name: {seed: run}} have."""
+    count = Counter()
+    for runs in settings.values():
+        count.update(runs.keys())
+    return [seed for seed in sorted(count) if 2 * count[seed] > len(settings)]
+
+
+@functools.cache
+def tune_widths(sweeps, sweep, rule):
+    """The networks, and the Tuned of each, at all widths of the sweeps that differ in what the rule leaves free."""
+    networks = {}
+    for other in sweeps:
+        if other.without(*FREE[rule]) == sweep.without(*FREE[rule]) and "held-out" in other.rules:
+            networks.update({network.key: network for network in other.paired})
+    found = {}
+    for key, network in sorted(networks.items()):
+        best = choose_settings(sweeps, sweep, key, rule)
+        if best:
+            found[network] = best
+    return list(found.keys()), list(found.values())
+
+
+# ======================================================================================================================
+# Numbers: the rows of summary.csv
+# ======================================================================================================================
+
+MEASURES = {
+    "train_acc": "training accuracy",
+    "train_clean_acc": "accuracy on the original training labels",
+    "train_loss": "training loss",
+    "lambda_max": "largest eigenvalue",
+    "s2": "non-uniformity s2",
+    "trace": "trace of the Hessian",
+    "last_layer_share": "last layer's share (%)",
+    "rate": "slope of ln(training loss) per epoch",
+    "rate_r2": "R^2 of ln(training loss) by epoch",
+    "variation": "sum of |f''|",
+}
+COLUMNS = ["sweep", "width", "parameters", "rho", "rule", "measure", "mean", "half_interval", "seeds"]
+
+
+class Table:
+    """The rows of summary.csv, and those over all widths by (sweep, rule, measure)."""
+
+    def __init__(self):
+        self.rows = []
+        self.trends = {}
+
+    def add(self, title, rule, measure, result, network=None, rho=None):
+        """result: {seed: value}, to be averaged, left out where empty; or (number, how many seeds it was chosen on)."""
+        if not result:
+            return
+        mean, half, seeds = interval(result) if isinstance(result, dict) else (result[0], math.nan, result[1])
+        width = network.width if network else ""
+        params = network.params if network else ""
+        row = dict(zip(COLUMNS, [title, width, params, rho, rule, measure, mean, half, seeds]))
+        self.rows.append(row)
+        if network is None and rho is None:
+            self.trends[title, rule, measure] = row
+
+    def add_widths(self, title, rule, measure, networks, values, rho=None):
+        """A row for each network, from its {seed: value}, and for the slope and the mean over the widths."""
+        for network, one in zip(networks, values):
+            self.add(title, rule, measure, one, network, rho)
+        slopes, means = trend([(network.x, one) for network, one in zip(networks, values)])
+        name = "the gain" + measure[4:] if measure.startswith("gain") else measure
+        self.add(title, rule, f"slope of {name}", slopes, rho=rho)
+        self.add(title, rule, f"mean {measure}", means, rho=rho)
+
+
+@functools.cache
+def summarize(sweeps):
+    table = Table()
+    for sweep in sweeps:
+        for rule in sweep.rules if sweep.paired else []:
+            add_scores(table, sweep, rule)
+            add_contrasts(table, sweeps, sweep, rule)
+        add_training(table, sweep)
+        add_equal_gradients(table, sweeps, sweep)
+    for rule, free in FREE.items():
+        for family in families(sweeps, *free):
+            add_tuned(table, sweeps, family[0], rule)
+    noisy = [sweep for sweep in sweeps if sweep.noise]
+    for family in families(noisy, "epochs"):
+        add_label_fit(table, family, family[0].title("epochs"))
+    for family in families(noisy, "epochs", "noise"):
+        if len(families(family, "epochs")) > 1:
+            add_label_fit(table, family, family[0].title("epochs", "noise"))
+    return table
+
+
+def add_scores(table, sweep, rule):
+    title = sweep.title()
+    for network in sweep.paired:
+        table.add(title, rule, "best rho", (network.best_rho(rule), len(network.seeds)), network)
+    rho_for_all = best_rho(sweep.paired, rule)
+    if rho_for_all is not None and len(sweep.paired) > 1:
+        table.add(title, rule, "best rho of all widths", (rho_for_all, len(sweep.paired[0].seeds)))
+    for optimizer in ("SGD", "SAM"):
+        table.add_widths(title, rule, optimizer, sweep.paired, sweep.scores(optimizer, rule))
+    for rho in [None, *sweep.radii]:
+        table.add_widths(title, rule, "gain", sweep.paired, sweep.gains(rule, rho), rho)
+
+
+def add_contrasts(table, sweeps, sweep, rule):
+    """A sweep's gains beside those at less noise, at the default weight decay, of dense networks of as many weights."""
+    others = {}
+    for other in sweeps:  # in the order of their noise
+        if other.paired and other.noise < sweep.noise and other.without("noise") == sweep.without("noise"):
+            others["that at less noise"] = other
+        if "weight_decay" in sweep.settings and other.settings == sweep.without("weight_decay"):
+            others["that at the default weight decay"] = other
+        if sweep.pruner and other.settings == {**sweep.settings, "pruner": None}:
+            others["that of dense networks"] = other
+    for name, other in others.items():
+        networks = [network for network in sweep.paired if other.twin(network)]
+        gains = [difference(network.gains(rule), other.twin(network).gains(rule)) for network in networks]
+        table.add_widths(sweep.title(), rule, f"gain - {name}", networks, gains)
+
+
+def add_training(table, sweep):
+    """What runs are like after training: at each width's best rho by the last epoch, and SAM's at every rho."""
+    title = sweep.title()
+    for network in sweep.paired:
+        for name, measure in MEASURES.items():
+            table.add(title, "last", f"{measure} of SGD", network.final_values("SGD", name), network)
+            for rho in [None, *network.radii]:
+                table.add(title, "last", f"{measure} of SAM", network.final_values("SAM", name, rho), network, rho)
+        for rho in network.radii:
+            runs = network.sam[rho].values()
+            table.add(title, "last", "collapsed runs", (sum(run.collapsed for run in runs), len(runs)), network, rho)
+
+
+def add_equal_gradients(table, sweeps, sweep):
+    """SAM beside SGD of twice the epochs, and of up to twice the epochs, which takes as many gradients."""
+    title = sweep.title()
+    for twice in sweeps:
+        if twice.epochs != 2 * sweep.epochs or twice.without("epochs") != sweep.without("epochs", *VARIANT):
+            continue
+        networks = [network for network in sweep.paired if network.key in twice.networks]
+        for rule in sweep.rules:
+            gains = []
+            for network in networks:
+                sgd = {seed: run.score(rule) for seed, run in twice.networks[network.key].sgd.items()}
+                gains.append(difference(network.scores("SAM", rule), sgd))
+            table.add_widths(title, rule, "gain over SGD of twice the epochs", networks, gains)
+        if "held-out" in sweep.rules:
+            best = [choose_settings(sweeps, sweep, network.key, "tuned", sweep.epochs) for network in networks]
+            gains = [one.gains() if one else {} for one in best]
+            table.add_widths(title, "held-out", "gain at equal gradients", networks, gains)
+
+
+def add_tuned(table, sweeps, sweep, rule):
+    title = sweep.title(*FREE[rule])
+    networks, best = tune_widths(sweeps, sweep, rule)
+    for network, one in zip(networks, best):
+        seeds = len(one.selection_seeds)
+        table.add(title, rule, "best rho", (one.run("SAM").rho, seeds), network)
+        for optimizer in ("SGD", "SAM"):
+            table.add(title, rule, f"settings of {optimizer}", (one.tried[optimizer], seeds), network)
+            for name in FREE[rule]:
+                value = getattr(one.run(optimizer), name)
+                table.add(title, rule, f"{name.replace('_', ' ')} of {optimizer}", (value, seeds), network)
+    for optimizer in ("SGD", "SAM"):
+        table.add_widths(title, rule, optimizer, networks, [one.scores(optimizer) for one in best])
+    table.add_widths(title, rule, "gain", networks, [one.gains() for one in best])
+
+    less = [other for other in sweeps if other.noise < sweep.noise]
+    less = [other for other in less if other.without("noise", *FREE[rule]) == sweep.without("noise", *FREE[rule])]
+    if less:
+        gains = {network.key: one.gains() for network, one in zip(*tune_widths(sweeps, less[-1], rule))}
+        more = [difference(one.gains(), gains.get(network.key, {})) for network, one in zip(networks, best)]
+        table.add_widths(title, rule, "gain - that at less noise", networks, more)
+
+
+def label_fit(networks):
+    """Of each pair of runs after the last epoch: SGD's accuracy on the given labels minus SAM's; the gain."""
+    x = []
+    y = []
+    for network in networks:
+        for sgd, sam in network.pairs("last"):
+            x.append(sgd.final["train_acc"] - sam.final["train_acc"])
+            y.append(sam.score("last") - sgd.score("last"))
+    return x, y
+
+
+def add_label_fit(table, sweeps, title):
+    networks = []
+    for sweep in sweeps:
+        networks += sweep.paired
+    x, y = label_fit(networks)
+    if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:
+        slope, r2 = straight_line(x, y)
+        table.add(title, "last", "slope of the gain over the difference of training accuracies", (slope, len(x)))
+        table.add(title, "last", "R^2 of the gain and the difference of training accuracies", (r2, len(x)))
+
+
+# ======================================================================================================================
+# Drawing
+# ======================================================================================================================
+
+SGD = "#0072B2"  # Okabe and Ito's colours, told apart by the colour-blind and in print
+SAM = "#D55E00"
+GREEN = "#009E73"
+YELLOW = "#E69F00"
+PINK = "#CC79A7"
+BLUE = "#56B4E9"
+GREY = "#666666"
+BOTH = {"SGD": SGD, "SAM": SAM}
+SCORE = {"acc": "test accuracy (%)", "loss": "minus the test loss"}
+GAIN = {"acc": "gain (points)", "loss": "gain in test loss"}
+
+plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "figure.titlesize": 8, "xtick.labelsize": 7})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "lines.markersize": 4, "savefig.dpi": 200})
+plt.rcParams["axes.formatter.min_exponent"] = 4  # 0.2 on a log axis
+
+
+class Missing(Exception):
+    """What a figure needs and the results lack."""
+
+
+def need(found, what):
+    if not found:
+        raise Missing(what)
+    return found
+
+
+def usual(sweeps):
+    """The sweeps at the default rate, decay, schedule and loss; no pruning, no depths, no curves."""
+    found = []
+    for sweep in sweeps:
+        changed = sweep.settings.keys() & (TRAINING | VARIANT)
+        if not (changed or sweep.pruner or sweep.by_depth or sweep.dataset.startswith("curve")):
+            found.append(sweep)
+    return found
+
+
+def main_sweeps(sweeps):
+    """Of the usual sweeps that differ in epochs alone the longest that has both SGD and SAM."""
+    found = [longest(family) for family in families(usual(sweeps), "epochs")]
+    return [sweep for sweep in found if sweep]
+
+
+def panels(rows, columns, **sharing):
+    """A figure of panels of 7 by 5.5 cm, and its axes, a list of rows."""
+    size = (2.75 * columns, 2.2 * rows + 0.2)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **sharing)
+
+
+def heading(sweep, *without):
+    """A sweep's title in lines that a panel has room for, and without mathematics in a folder's name."""
+    return textwrap.fill(sweep.title("val_size", *without).replace("$", r"\$"), 44)
+
+
+def draw_line(ax, x, values, label, color, style="-"):
+    """Means and intervals of {seed: value} at each x; fewer than three seeds: hollow, without interval, dotted."""
+    drawn = [(place, *interval(one)) for place, one in zip(x, values) if one]
+    if not drawn:
+        return
+    x, means, halves, seeds = np.array(drawn).T
+    ax.plot(x, means, "o:", color=color, markerfacecolor="white", linewidth=1, label=label)
+    firm = seeds >= 3
+    ax.errorbar(x[firm], means[firm], halves[firm], fmt="o" + style, color=color, elinewidth=1)
+
+
+def draw_gains(ax, sweep, label="gain", color=SAM, style="-", rule="last"):
+    """SAM's gain by width, where the stopping rule says."""
+    draw_line(ax, sweep.positions, sweep.gains(rule), label, color, style)
+    ax.axhline(0, color="black", linewidth=0.6)
+    ax.set_ylabel(GAIN[sweep.metric])
+    width_axis(ax, sweep)
+
+
+def draw_scores(ax, sweep, rule="last"):
+    """SGD's and SAM's scores by width, where the stopping rule says."""
+    for optimizer, color in BOTH.items():
+        draw_line(ax, sweep.positions, sweep.scores(optimizer, rule), optimizer, color)
+    ax.set_ylabel(SCORE[sweep.metric])
+    width_axis(ax, sweep)
+
+
+def draw_epochs(ax, network, key):
+    """The means over the seeds of a column of the history, by epoch, of SGD and of SAM at its best rho."""
+    for optimizer, color in BOTH.items():
+        mean = np.mean([run.history[key] for run in network.runs(optimizer, "last")], axis=0)
+        ax.plot(np.arange(len(mean)) + 1, mean, color=color, linewidth=1.2, label=optimizer)
+    ax.set_xlabel("epoch")
+
+
+def width_axis(ax, sweep):
+    """Names the widths by their parameters, such as 61k; by their layers in a sweep by depth."""
+    ax.set_xlabel("hidden layers" if sweep.by_depth else "parameters")
+    if not sweep.by_depth:
+        ax.set_xscale("log")
+    if len(sweep.positions) < 8:
+        ax.set_xticks(sweep.positions, [short(place) for place in sweep.positions])
+        ax.minorticks_off()
+
+
+def short(count):
+    """61035 as 61k."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.{2 if count < 10 * size else 3}g}{letter}"
+    return str(count)
+
+
+def rho_axis(ax, sweep):
+    """SGD at 0, then the radii, evenly spaced."""
+    ax.set_xticks(range(1 + len(sweep.radii)), ["SGD", *(f"{radius:g}" for radius in sweep.radii)])
+    ax.set_xlabel("rho")
+
+
+def width_color(sweep, network):
+    """From dark, the narrowest, to light green, the widest; no yellow on white."""
+    place = sweep.paired.index(network) / max(1, len(sweep.paired) - 1)
+    return plt.colormaps["viridis"](0.75 * place)
+
+
+def points_axis(axis):
+    """Ticks for an axis that is linear up to 1 point of accuracy and logarithmic beyond."""
+    axis.set_major_locator(FixedLocator([-10, -1, 0, 1, 3, 10, 30]))
+    axis.set_major_formatter("{x:g}")
+
+
+def label_lines(ax):
+    """Writes each line's label beside its last point, in its colour, moved down where labels would overlap."""
+    ax.autoscale_view()  # which sets the limits that the heights are in
+    ends = []
+    for line in ax.lines:
+        if not line.get_label().startswith("_"):
+            _, y = ax.transLimits.transform(ax.transScale.transform(line.get_xydata()[-1]))
+            ends.append((y, line))
+    ceiling = 1.05
+    for y, line in sorted(ends, key=lambda end: -end[0]):
+        half = 0.05 * (1 + line.get_label().count("\n"))
+        y = min(y, ceiling - half)
+        ceiling = y - half
+        ax.text(1.02, y, line.get_label(), color=line.get_color(), va="center", transform=ax.transAxes)
+
+
+# ======================================================================================================================
+# The figures. Each takes all sweeps and returns the picture and the sweeps whose numbers stand below it in summary.md.
+# ======================================================================================================================
+
+
+def front(sweeps):
+    """Half of the training labels flipped, MNIST. Left: test accuracy after the last epoch, of SGD and SAM at the
+    longest training, and of SGD at the number of epochs that is best for it on held-out data. Middle: SAM's gain after
+    the last epoch, where each run stops at its best held-out epoch, and where SGD and SAM also have the number of
+    epochs that is best for each; the axis is logarithmic above 1. Right: the gain after the last epoch, by how much
+    better SGD fits the given, partly wrong labels than SAM: a mark a rate, length and width (the larger, the wider),
+    mean over seeds. Bars: 95% intervals over seeds. rho is chosen for each width on held-out data."""
+    mlps = [sweep for sweep in main_sweeps(sweeps) if is_mnist_mlp(sweep) and sweep.noise == 0.5]
+    need(mlps, "SGD and SAM of MLPs on MNIST with half of the labels flipped")
+    sweep = max(mlps, key=lambda sweep: len(lengths(sweeps, sweep)))
+    figure, (axes,) = panels(1, 3)
+    figure.suptitle(heading(sweep, "epochs"))
+    draw_short_sgd(axes[0], sweeps, sweep)
+    draw_stops(axes[1], sweeps, sweep)
+    draw_label_fit(axes[2], [other for other in usual(sweeps) if other.noise and other.dataset == "mnist"])
+    axes[0].set_title("test accuracy (%)")
+    axes[1].set_title("gain of SAM over SGD (points)")
+    axes[2].set_title("gain after the last epoch, all rates")
+    return figure, []
+
+
+def is_mnist_mlp(sweep):
+    return sweep.dataset == "mnist" and sweep.model.startswith("MLP")
+
+
+def lengths(sweeps, sweep):
+    """The sweeps of SGD that differ from this one in the number of epochs alone."""
+    return [other for other in sweeps if other.without("epochs") == sweep.without("epochs")]
+
+
+def draw_short_sgd(ax, sweeps, sweep):
+    """Accuracy by width of SGD and SAM, and of SGD at its best number of epochs, on held-out data, over the widths."""
+    means = {}
+    for other in lengths(sweeps, sweep):
+        networks = [other.networks[network.key] for network in sweep.paired if network.key in other.networks]
+        scores = [[run.choice("last") for run in network.sgd.values()] for network in networks if network.sgd]
+        if len(scores) == len(sweep.paired):
+            means[other] = np.mean([np.mean(one) for one in scores])
+    best = max(means, key=means.get)
+    if best is not sweep:
+        runs = [best.networks[network.key].sgd for network in sweep.paired]
+        scores = [{seed: run.score("last") for seed, run in one.items()} for one in runs]
+        draw_line(ax, sweep.positions, scores, f"SGD,\n{best.epochs} epochs", SGD, "--")
+    for optimizer, color in BOTH.items():
+        draw_line(ax, sweep.positions, sweep.scores(optimizer, "last"), f"{optimizer},\n{sweep.epochs} epochs", color)
+    width_axis(ax, sweep)
+
+
+def draw_stops(ax, sweeps, sweep):
+    """The gain by width, by when training stops and by what else is best for each."""
+    draw_gains(ax, sweep, "last epoch")
+    if "held-out" in sweep.rules:
+        draw_line(ax, sweep.positions, sweep.gains("held-out"), "best held-\nout epoch", YELLOW)
+    for rule, label, color in (
+        ("tuned", "each at its best\nnumber of epochs", GREEN),
+        ("fresh", "rate and decay, too\n(on other seeds)", GREY),
+    ):
+        networks, best = tune_widths(sweeps, sweep, rule)
+        draw_line(ax, [network.position for network in networks], [one.gains() for one in best], label, color)
+    ax.set_ylabel("")
+    ax.set_yscale("symlog", linthresh=1)
+    points_axis(ax.yaxis)
+
+
+def draw_label_fit(ax, sweeps):
+    """A mark a width: the mean over seeds of the gain, by the difference of accuracies on the given labels."""
+    colors = {0.25: BLUE, 0.5: PINK, 0.75: GREY}
+    for sweep in sweeps:
+        for network in sweep.paired:
+            x, y = label_fit([network])
+            color = colors.get(sweep.noise, "black")
+            face = color if is_mnist_mlp(sweep) else "white"
+            ax.scatter(np.mean(x), np.mean(y), 8 * (math.log10(network.params) - 3.5) ** 2, face, edgecolors=color)
+    for line, noise in enumerate(sorted({sweep.noise for sweep in sweeps})):
+        place = (0.04, 0.94 - 0.09 * line)
+        ax.text(*place, f"{100 * noise:g}% flipped", color=colors.get(noise, "black"), transform=ax.transAxes)
+    if not all(is_mnist_mlp(sweep) for sweep in sweeps):
+        ax.text(0.98, 0.04, "hollow: ResNet-18", ha="right", transform=ax.transAxes)
+    ax.set_xlabel("SGD's accuracy on the given labels\nminus SAM's (points)")
+
+
+def label_noise(sweeps):
+    """MNIST, a row a rate of flipped labels. Left: test accuracy after the last epoch, of SGD and SAM at the longest
+    training, and of SGD at the number of epochs that is best for it on held-out data. Right: SAM's gain after the last
+    epoch, at each run's best held-out epoch (held-out labels are clean), and where each also has its best number of
+    epochs; the axis is logarithmic above 1. rho is chosen for each width on held-out data."""
+    return noise_rows(sweeps, [sweep for sweep in main_sweeps(sweeps) if sweep.noise and is_mnist_mlp(sweep)])
+
+
+def label_noise_elsewhere(sweeps):
+    """Flipped labels with other data and models, drawn as in label_noise.png. Hollow marks and dotted lines: fewer than
+    three seeds, so no interval."""
+    return noise_rows(sweeps, [sweep for sweep in main_sweeps(sweeps) if sweep.noise and not is_mnist_mlp(sweep)])
+
+
+def noise_rows(sweeps, rows):
+    need(rows, "SGD and SAM with flipped labels, at the default rate, decay, schedule and loss")
+    figure, axes = panels(len(rows), 2, sharey="col")
+    for (left, right), sweep in zip(axes, rows):
+        draw_short_sgd(left, sweeps, sweep)
+        draw_stops(right, sweeps, sweep)
+        left.set_title(heading(sweep, "epochs"), loc="left")
+        left.set_ylabel("test accuracy (%)")
+        right.set_ylabel("gain (points)")
+    return figure, [other for sweep in rows for other in lengths(sweeps, sweep)]
+
+
+PAPER = {  # {parameters: gain} in points (teacher: in test loss), read off the paper's figures to about 0.01
+    ("mnist", "MLP 3:1"): {61035: 0.07, 125810: 0.06, 266610: 0.18, 1426410: 0.19, 5366010: 0.19},
+    ("cifar10", "ResNet-18"): {
+        44622: 0.36, 176402: 0.66, 701466: 0.44, 2797610: 0.85, 11173962: 0.96, 44662922: 1.23, 178585866: 1.01,
+    },
+    ("imagenet", "ResNet-50"): {1993976: 0.03, 6917640: 0.04, 14771992: 0.17, 25557032: 0.35, 39272760: 0.54},
+    ("teacher", "MLP of one layer"): {
+        1e4: 0.026, 2e4: 0.029, 3e4: 0.034, 4e4: 0.047, 5e4: 0.056,
+        6e4: 0.062, 7e4: 0.063, 8e4: 0.074, 9e4: 0.080, 1e5: 0.083,
+    },
+}  # fmt: skip
+PAPER_ALLOWS = {
+    "data_dir",
+    "val_size",
+    "image_size",
+    "amp",
+    "compile",
+    "fp32",
+}  # differences that don't hide its points
+
+
+def paper_gains(sweep):
+    """The paper's {parameters: gain}, where the settings are its own but for held-out data and arithmetic."""
+    changed = sweep.without("dataset", "model", "noise", "pruner", *PAPER_ALLOWS)
+    if changed or sweep.noise or sweep.pruner:
+        return {}
+    dataset = os.path.basename(sweep.dataset).replace("-jpeg", "")
+    return PAPER.get((dataset, sweep.model), {})
+
+
+def gain_by_width(sweeps):
+    """Clean labels, after the last epoch. Above: SAM's gain over SGD by width (of a regression: in test loss), beside
+    the paper's gains where the settings are its own. Below: the scores; of a regression minus the test loss, where the
+    dashed lines are the noise of the targets and the best constant. Bars: 95% intervals, of three seeds or more; hollow
+    marks have fewer, and the bold line leaves them out."""
+    clean = [sweep for sweep in main_sweeps(sweeps) if not sweep.noise]
+    need(clean, "SGD and SAM on clean labels, at the default rate, decay, schedule and loss")
+    figure, axes = panels(2, len(clean), sharex="col")
+    for gains, scores, sweep in zip(*axes, clean):
+        draw_scores(scores, sweep)
+        draw_gains(gains, sweep, "here")
+        gains.set_xlabel("")
+        gains.set_title(heading(sweep))
+        paper = paper_gains(sweep)
+        if paper:
+            gains.plot(paper.keys(), paper.values(), "x--", color=GREY, linewidth=1, label="paper")
+        for constant in (-1, -1.306) if sweep.dataset == "teacher" else ():
+            scores.axhline(constant, linestyle="--", color=GREY, linewidth=0.8)
+    return figure, clean
+
+
+def rho(sweeps):
+    """Score after the last epoch by SAM's rho, a line a width, means over the seeds that all radii share; a ring marks
+    the rho that is chosen on held-out data, where three or more were tried. Above a rho: how many runs learned nothing
+    there, by width. Lines are labelled at the narrowest and the widest network."""
+    shown = need(main_sweeps(sweeps), "SGD and SAM at the default rate, decay, schedule and loss")
+    columns = min(3, len(shown))
+    figure, axes = panels(math.ceil(len(shown) / columns), columns)
+    for ax in axes.flat[len(shown) :]:
+        ax.set_visible(False)
+    for ax, sweep in zip(axes.flat, shown):
+        for network in sweep.paired:
+            draw_by_rho(ax, sweep, network)
+        for place, radius in enumerate(sweep.radii, start=1):
+            count_collapsed(ax, place, [network.sam[radius] for network in sweep.paired if radius in network.radii])
+        rho_axis(ax, sweep)
+        ax.set_title(heading(sweep, "batch_size"), pad=20)
+        ax.set_ylabel(SCORE[sweep.metric])
+    return figure, shown
+
+
+def draw_by_rho(ax, sweep, network):
+    """One width's scores, SGD's first."""
+    color = width_color(sweep, network)
+    x = [0, *(1 + sweep.radii.index(radius) for radius in network.radii)]
+    y = []
+    for runs in (network.sgd, *(network.sam[radius] for radius in network.radii)):
+        y.append(np.mean([runs[seed].score("last") for seed in network.seeds]))
+    labelled = network in (sweep.paired[0], sweep.paired[-1])
+    ax.plot(x, y, "o-", color=color, linewidth=1, label=short(network.params) if labelled else "_")
+    if len(network.radii) > 2:
+        best = 1 + network.radii.index(network.best_rho("last"))
+        ax.plot(x[best], y[best], "o", markersize=8, markerfacecolor="none", color=SAM)
+
+
+def count_collapsed(ax, place, groups):
+    counts = [sum(run.collapsed for run in runs.values()) for runs in groups]
+    if any(counts):
+        text = " ".join(map(str, counts)) + f"\nof {max(map(len, groups))}"
+        ax.text(place, 1.01, text, fontsize=6, ha="center", transform=ax.get_xaxis_transform())
+
+
+def curves(sweeps):
+    """MNIST with flipped labels: test accuracy over the epochs at the longest training, mean over seeds; above the
+    narrowest network, below the widest. rho is the one that is best after the last epoch, on held-out data."""
+    noisy = [sweep for sweep in main_sweeps(sweeps) if sweep.noise and is_mnist_mlp(sweep)]
+    need(noisy, "SGD and SAM of MLPs on MNIST with flipped labels")
+    figure, axes = panels(2, len(noisy), sharex=True, sharey="row")
+    for column, sweep in zip(axes.T, noisy):
+        for ax, network in zip(column, (sweep.paired[0], sweep.paired[-1])):
+            draw_epochs(ax, network, "test_acc")
+            ax.set_title(f"{short(network.params)} parameters")
+        column[0].set_title(f"{heading(sweep)}\n{column[0].get_title()}")
+    for ax in axes.flat:
+        ax.set_ylabel("test accuracy (%)")
+        ax.label_outer()
+    return figure, []
+
+
+def sharpness(sweeps):
+    """Largest eigenvalue of the Hessian on some training images, its non-uniformity s2, and the training loss, by SAM's
+    rho, a line a width; a row a workload. Dashed, for squared loss at a constant rate: the paper's bounds, which are
+    for un-normalized SAM at batch size 1 and so only a reference. Where the training losses differ, two optimizers are
+    compared at different distances from a minimum."""
+    shown = [sweep for sweep in sweeps if any(sweep.final_values("SGD", "lambda_max"))]
+    need(shown, "runs of SGD and SAM with --sharpness")
+    figure, axes = panels(len(shown), 3)
+    for row, sweep in zip(axes, shown):
+        for ax, name in zip(row, ("lambda_max", "s2", "train_loss")):
+            for network in sweep.paired:
+                if network.final_values("SGD", "lambda_max"):
+                    values = [network.final_values("SAM", name, radius) for radius in network.radii]
+                    x = [0, *(1 + sweep.radii.index(radius) for radius in network.radii)]
+                    values.insert(0, network.final_values("SGD", name))
+                    draw_line(ax, x, values, short(network.params), width_color(sweep, network))
+            ax.set_title(MEASURES[name])
+            rho_axis(ax, sweep)
+        row[0].set_title(f"{heading(sweep)}\n{MEASURES['lambda_max']}")
+        if sweep.settings.get("schedule") == "constant" and sweep.settings.get("loss") == "mse":
+            draw_bounds(row[0], row[1], sweep)
+    return figure, shown
+
+
+def draw_bounds(eigenvalue, spread, sweep):
+    """The paper's Theorem 6.3: a (1 + rho a) <= 2 / lr; s2^2 <= 1 / (lr (lr - 2 rho)), void from rho = lr / 2 on."""
+    lr = sweep.paired[0].pairs("last")[0][0].lr
+    radii = np.array([0, *sweep.radii])
+    x = np.arange(len(radii))
+    eigenvalue.plot(x, 4 / lr / (1 + np.sqrt(1 + 8 * radii / lr)), "--", color=GREY, label="bound")
+    valid = 2 * radii < lr
+    spread.plot(x[valid], (lr * (lr - 2 * radii[valid])) ** -0.5, "--", color=GREY, label="bound")
+
+
+def claims(sweeps):
+    """One line a claim, in points of test accuracy: the mean over seeds and its 95% interval, filled where the interval
+    excludes zero. Slopes are per tenfold parameters, for depth per layer. Stopping rules: the last epoch; each run's
+    best held-out epoch; tuned, where SGD and SAM also have the number of epochs that is best for each; fresh, where
+    they also have the best rate and decay and are scored on other seeds. The axis is logarithmic beyond 1."""
+    shown = [sweep for sweep in sweeps if sweep.paired and sweep.metric == "acc"]
+    longest_sweeps = [sweep for sweep in main_sweeps(sweeps) if sweep.metric == "acc"]
+    deep = [sweep for sweep in shown if sweep.by_depth]
+    clean = [sweep for sweep in shown if not sweep.noise]
+    stops = ("last", "held-out")
+    rules = ("last", "held-out", "tuned", "fresh")
+    noise = "mean gain - that at less noise"
+    gradients = "mean gain at equal gradients"
+    decay = "slope of the gain - that at the default weight decay"
+    dense = "mean gain - that of dense networks"
+
+    trends = summarize(sweeps).trends
+    lines = claim(trends, "The gain grows with width: slope", "slope of the gain", longest_sweeps, rules)
+    lines += claim(trends, "More flipped labels: mean gain, minus that at less noise", noise, longest_sweeps, rules)
+    lines += claim(trends, "Equal gradients: mean gain", gradients, usual(shown), stops)
+    lines += claim(trends, "No weight decay: slope, minus that with decay", decay, clean, stops)
+    lines += claim(trends, "Pruned: mean gain, minus that of dense networks", dense, shown, stops)
+    lines += claim(trends, "The gain grows with depth: slope", "slope of the gain", deep, stops)
+    need(lines, "three seeds of SGD and SAM")
+
+    figure, ax = plt.subplots(figsize=(5.5, 0.4 + 0.16 * len(lines)), layout="constrained")
+    for y, (text, row) in enumerate(lines):
+        weight = "normal" if row else "bold"
+        ax.text(-0.02, y, text, weight=weight, ha="right", va="center", transform=ax.get_yaxis_transform())
+        if row:
+            face = SAM if abs(row["mean"]) > row["half_interval"] else "white"
+            ax.errorbar(row["mean"], y, 0, row["half_interval"], "o", color=SAM, markerfacecolor=face, elinewidth=1)
+    ax.axvline(0, color="black", linewidth=0.6)
+    ax.set_xscale("symlog", linthresh=1)
+    points_axis(ax.xaxis)
+    ax.set_xlabel("points")
+    ax.set_yticks([])
+    ax.set_ylim(len(lines) - 0.5, -0.5)
+    return figure, []
+
+
+def claim(trends, heading, measure, sweeps, rules):
+    """[(text, row of the table)] of each sweep and rule that has three seeds; first the heading, which has no row."""
+    lines = []
+    for sweep in sweeps:
+        for rule in rules:
+            free = FREE.get(rule, ())
+            row = trends.get((sweep.title(*free), rule, measure))
+            if row and row["seeds"] > 2:
+                lines.append((sweep.title("val_size", "train_size", "batch_size", *free) + f": {rule}", row))
+    return [(heading, None), *lines] if lines else []
+
+
+def sparsity(sweeps):
+    """Networks pruned at initialization to as many weights as the narrow dense one has: SAM's gain after the last
+    epoch by parameters before pruning, a panel a pruner. Dashed: the gain of the dense network."""
+    pruned = need([sweep for sweep in sweeps if sweep.pruner and sweep.paired], "SGD and SAM of pruned networks")
+    figure, (axes,) = panels(1, len(pruned), sharey=True)
+    for ax, sweep in zip(axes, pruned):
+        draw_gains(ax, sweep, "pruned")
+        for dense in sweeps:
+            if dense.settings == {**sweep.settings, "pruner": None} and dense.twin(sweep.paired[0]):
+                gain, _, _ = interval(dense.twin(sweep.paired[0]).gains("last"))
+                ax.plot(sweep.positions, [gain] * len(sweep.positions), "--", color=GREY, linewidth=1, label="dense")
+        ax.set_title(heading(sweep))
+        ax.set_xlabel("parameters before pruning")
+        ax.label_outer()
+    return figure, pruned
+
+
+def regularization(sweeps):
+    """SAM's gain after the last epoch by width, with the default weight decay and without any. Clean labels."""
+    pairs = []
+    for sweep in sweeps:
+        if sweep.paired and sweep.settings.get("weight_decay") == 0 and not sweep.noise:
+            default = [other for other in sweeps if other.settings == sweep.without("weight_decay")]
+            pairs += [(sweep, other) for other in default if other.paired]
+    need(pairs, "SGD and SAM at --weight-decay 0 and at the default")
+    figure, (axes,) = panels(1, len(pairs))
+    for ax, (without, default) in zip(axes, pairs):
+        draw_gains(ax, default, "default\ndecay")
+        draw_gains(ax, without, "no decay", GREY, "--")
+        ax.set_title(heading(default))
+    return figure, [without for without, _ in pairs]
+
+
+def depth(sweeps):
+    """MLPs of equal layers, by the number of hidden layers, after the last epoch: SAM's gain, and the scores."""
+    deep = need([sweep for sweep in sweeps if sweep.by_depth and sweep.paired], "SGD and SAM of several depths")
+    figure, axes = panels(len(deep), 2)
+    for (left, right), sweep in zip(axes, deep):
+        draw_gains(left, sweep)
+        draw_scores(right, sweep)
+        left.set_title(heading(sweep))
+    return figure, deep
+
+
+def layers(sweeps):
+    """What SAM perturbs: all parameters, all but the last layer's (rest), the last layer's alone, or all in a random
+    direction. Left: the gain after the last epoch. Right: the last layer's share of the squared gradient norm, mean
+    over the epochs."""
+    parts = need([sweep for sweep in sweeps if "perturb" in sweep.settings and sweep.paired], "SAM with --perturb")
+    groups = families([sweep for sweep in sweeps if sweep.paired], "perturb")
+    groups = [group for group in groups if any(sweep in parts for sweep in group)]
+    figure, axes = panels(len(groups), 2)
+    colors = {"all": SAM, "rest": PINK, "last": GREEN, "random": GREY}
+    for (left, right), group in zip(axes, groups):
+        for sweep in group:
+            part = sweep.settings.get("perturb", "all")
+            color = colors.get(part, "black")
+            draw_gains(left, sweep, part, color)
+            draw_line(right, sweep.positions, sweep.final_values("SAM", "last_layer_share"), part, color)
+        left.set_title(heading(group[0], "perturb"))
+        right.set_ylabel("last layer's share (%)")
+        width_axis(right, group[0])
+    return figure, parts
+
+
+# The 12 points of the one-dimensional data
+CURVE = np.arange(-5.5, 6) / 4 + 0.07, 0.345 + np.array([-2, 1.5, 0, 0, 2, 1, 0, -1, 0, 1, 2, -1])
+
+
+def functions(sweeps):
+    """One hidden layer fitted to 12 points (black): the functions of the narrowest and the widest network, a line a
+    seed; and the sum of |f''|, the total variation of the slope, by width. In curve-scaled the initial output weights
+    are smaller. Where SAM's training loss is higher, a simpler function is partly a worse fit."""
+    rows = [sweep for sweep in sweeps if any(sweep.final_values("SAM", "variation"))]
+    need(rows, "SGD and SAM of --dataset curve")
+    figure, axes = panels(len(rows), 3, sharex="col")
+    for row, sweep in zip(axes, rows):
+        for ax, network in zip(row, (sweep.paired[0], sweep.paired[-1])):
+            for optimizer, color in BOTH.items():
+                for run in network.runs(optimizer, "last"):
+                    if run.function:
+                        ax.plot(run.function["x"], run.function["y"], color=color, linewidth=0.7)
+            ax.plot(*CURVE, "o", color="black", markersize=3)
+            ax.set_ylim(-3.5, 4)
+            ax.set_title(f"{sweep.dataset}, {network.width} neurons")
+        draw_final(row[2], sweep, "variation")
+        row[2].set_yscale("log")
+    return figure, rows
+
+
+def draw_final(ax, sweep, name):
+    """What SGD's and SAM's runs have after training, by width."""
+    for optimizer, color in BOTH.items():
+        draw_line(ax, sweep.positions, sweep.final_values(optimizer, name), optimizer, color)
+    ax.set_title(MEASURES[name])
+    width_axis(ax, sweep)
+
+
+def convergence(sweeps):
+    """Training loss over the epochs at a constant rate, mean over seeds, of the narrowest and the widest network; and
+    how straight ln(loss) is: R^2 of its line over the epochs from the second on, by width."""
+    rows = [sweep for sweep in sweeps if sweep.settings.get("schedule") == "constant" and "loss" not in sweep.settings]
+    rows = need([sweep for sweep in rows if len(sweep.paired) > 1], "SGD and SAM of two widths at a constant rate")
+    figure, axes = panels(len(rows), 3)
+    for row, sweep in zip(axes, rows):
+        for ax, network in zip(row, (sweep.paired[0], sweep.paired[-1])):
+            draw_epochs(ax, network, "train_loss")
+            ax.set_yscale("log")
+            ax.set_title(f"training loss, {short(network.params)} parameters")
+        row[0].set_title(f"{heading(sweep)}\n{row[0].get_title()}")
+        draw_final(row[2], sweep, "rate_r2")
+    return figure, rows
+
+
+FIGURES = [front, label_noise, label_noise_elsewhere, gain_by_width, rho, curves, sharpness, claims]
+FIGURES += [sparsity, regularization, depth, layers, functions, convergence]
+
+
+# ======================================================================================================================
+# The summary
+# ======================================================================================================================
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for row in rows:
+            cells = [f"{value:.6g}" if isinstance(value, float) else value for value in row.values()]
+            writer.writerow(["" if cell == "nan" else cell for cell in cells])
+
+
+def rounded(row):
+    """Mean and interval, to the interval's second digit and two decimals at least."""
+    if not row["half_interval"] > 0:  # of one seed, or chosen
+        return f"{row['mean']:.4g}"
+    digits = max(2, 1 - math.floor(math.log10(row["half_interval"])))
+    mean = round(row["mean"], digits) + 0  # no -0.00
+    return f"{mean:.{digits}f} ± {row['half_interval']:.{digits}f}"
+
+
+def pivot(rows, down, across):
+    """Markdown tables of eight columns at most: a line for each value of the keys down, a column for each of across."""
+    lines = {}
+    for row in rows:
+        line = lines.setdefault(tuple(str(row[key]) for key in down), {"seeds": str(row["seeds"])})
+        line[str(row[across])] = rounded(row)
+    columns = list(dict.fromkeys(str(row[across]) for row in rows))
+    room = 7 - len(down)
+    text = ""
+    for start in range(0, len(columns), room):
+        names = [*columns[start : start + room], "seeds"]
+        text += f"\n| {' | '.join([*down, *names])} |\n" + "| --- " * len([*down, *names]) + "|\n"
+        for key, line in lines.items():
+            text += "| " + " | ".join([*key, *(line.get(name, "") for name in names)]) + " |\n"
+    return text.replace("|f''|", "\\|f''\\|")
+
+
+def tables(rows):
+    """One sweep in summary.md: slopes and means; each width; what runs are like; the gain by rho."""
+    trends = [row for row in rows if not row["width"] and row["rho"] is None]
+    widths = [row for row in rows if row["width"] and row["rho"] is None]
+    scores = [row for row in widths if row["measure"] in ("best rho", "SGD", "SAM", "gain")]
+    others = [row for row in widths if row not in scores]
+    radii = [row for row in rows if row["width"] and row["rho"] is not None]
+    gains = [row for row in radii if row["measure"] == "gain" and row["rule"] == "last"]
+    text = pivot(trends, ["measure"], "rule")
+    text += pivot(scores, ["width", "rule"], "measure")
+    text += pivot(others, ["measure", "rule"], "width")
+    if gains:
+        text += "\nGain after the last epoch, by rho:\n" + pivot(gains, ["width"], "rho")
+    return text
+
+
+def write_summary(path, rows, chapters, notes):
+    """chapters: [(name of a figure, its caption, the titles of the sweeps below it)]."""
+    sweeps = {}
+    for row in rows:
+        sweeps.setdefault(row["sweep"], []).append(row)
+    text = f"# Summary\n\n{DEFINITIONS}\nAll numbers, at every rho, are in summary.csv.\n"
+    for name, caption, titles in chapters:
+        text += f"\n## {name}\n\n![{name}]({name}.png)\n\n{caption}\n"
+        for title in titles:
+            if title in sweeps:
+                text += f"\n### {title}\n{tables(sweeps.pop(title))}"
+    text += "\n## Sweeps below no figure\n"
+    for title, own in sweeps.items():
+        text += f"\n### {title}\n{tables(own)}"
+    text += "\n## Left out\n\n" + "".join(f"- {note}\n" for note in notes)
+    path.write_bytes(text.encode(errors="replace"))
+
+
+# ======================================================================================================================
+# Main
+# ======================================================================================================================
+
+
+def left_out(sweeps):
+    """Lines about what was read and is in no comparison."""
+    notes = []
+    for sweep in sweeps:
+        for network in sweep.networks.values():
+            where = f"{sweep.title()}, width {network.width}"
+            if network.sgd_diverged:
+                notes.append(f"{where}: SGD left out at seeds {network.sgd_diverged}, where it diverged")
+            for radius, runs in network.diverged.items():
+                count = sum(run.status == "diverged" for run in runs.values())
+                notes.append(f"{where}: rho {radius:g} left out, {count} of {len(runs)} runs diverged")
+            for radius, runs in network.all_sam.items():
+                alone = sorted(runs.keys() - network.sgd.keys())
+                if alone:
+                    notes.append(f"{where}: rho {radius:g} left out at seeds {alone}, no run of SGD")
+                elif radius not in network.radii:
+                    notes.append(f"{where}: rho {radius:g} left out, no seed in common with the other radii")
+            if sweep.paired and not network.all_sam:
+                notes.append(f"{where}: SGD left out, no run of SAM")
+            if any(len(network.sam[radius]) > len(network.seeds) for radius in network.radii):
+                notes.append(f"{where}: rho is chosen on the seeds that all radii share, {network.seeds}")
+    for family in families(sweeps, "epochs"):
+        if not longest(family):
+            notes.append(f"{family[0].title()}: no run of SAM has one of SGD at its seed")
+    for family in families(sweeps, *FREE["fresh"]):
+        for network, best in zip(*tune_widths(sweeps, family[0], "fresh")):
+            where = f"{family[0].title(*FREE['fresh'])}, width {network.width}, fresh"
+            if not best.scored_seeds:
+                notes.append(f"{where}: no gain, what was chosen has no three seeds beside {best.selection_seeds}")
+            for setting in best.left_out:
+                notes.append(f"{where}: too few seeds for the choice, {setting}")
+    return notes
+
+
+def draw(sweeps, folder):
+    """Saves all figures; returns their chapters for the summary, and lines about those that lack something."""
+    chapters = []
+    notes = []
+    for make in FIGURES:
+        try:
+            figure, below = make(sweeps)
+        except Missing as missing:
+            notes.append(f"{make.__name__}.png: not drawn, needs {missing}")
+            continue
+        for ax in figure.axes:
+            label_lines(ax)
+        figure.savefig(folder / f"{make.__name__}.png")
+        plt.close(figure)
+
+        titles = []
+        for sweep in below:
+            titles += [sweep.title(), *(sweep.title(*free) for free in FREE.values())]
+        chapters.append((make.__name__, " ".join(make.__doc__.split()), titles))
+    return chapters, notes
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{DEFINITIONS}", formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("--results", default="results", help="where the scripts put their results (default: results)")
     parser.add_argument("--figures", type=Path, default="figures", help="where the figures go (default: figures)")
-    parser.allow_abbrev, parser.error = False, lambda message: parser.exit(2, f"plot.py: {message}\n")
+    parser.error = fail
     args = parser.parse_args()
-    matplotlib.rcParams |= {"font.size": 8, "grid.alpha": 0.25, "legend.frameon": False, "axes.grid": True}
-    matplotlib.rcParams |= {"axes.formatter.useoffset": False, "axes.ymargin": 0.25}
-    matplotlib.rcParams |= {"axes.formatter.min_exponent": 4}  # on log axes: 0.2, which is shorter than 2 x 10^-1
-    loads, left = workloads(args.results)
-    if not loads:
-        parser.error(f"--results {args.results}: no run of SAM has one of SGD at the same seed; run a script first")
+
+    runs, notes = read_runs(args.results)
+    sweeps = build_sweeps(runs)
+    if not any(sweep.paired for sweep in sweeps):
+        fail(f"--results {args.results}: no run of SAM has one of SGD at the same seed; run a script first")
+    notes += left_out(sweeps)
+    rows = summarize(sweeps).rows
     try:
         args.figures.mkdir(parents=True, exist_ok=True)
-        lines = [f"{path}: left out, {why}" for path, why in left.items()]
-        shy = [(a, c) for a in loads for c in a.cells if any({*runs} != {*c.shared} for runs in c.sam.values())]
-        lines += [f"{a.title}, width {c.width}: rho of {c.radii} chosen on shared seeds {c.shared}" for a, c in shy]
-        for figure in [figure for name, figure in vars(Figures).items() if not name.startswith("_") and figure.__doc__]:
-            fig, name = figure(Figures(loads)), f"{figure.__name__}.png"
-            lines += [f"{name}: no room for {load.title}" for load in fig.left_out]
-            lines += [] if fig.columns else [f"{name}: not drawn, no results for it"]
-            if fig.columns:
-                finish(fig, figure.__doc__, args.figures / name)
-        text = f"{summary(loads)}\n## Left out\n\n" + "".join(f"- {line}\n" for line in lines)
-        (args.figures / "summary.md").write_text(text, encoding="utf-8")
+        chapters, missing = draw(sweeps, args.figures)
+        notes += missing
+        write_csv(args.figures / "summary.csv", rows)
+        write_summary(args.figures / "summary.md", rows, chapters, notes)
     except OSError as error:
-        parser.error(f"--figures {args.figures}: cannot be written to ({error.strerror}); name another folder")
+        fail(f"--figures {args.figures}: cannot be written to ({error.strerror}); name another folder")
+
+    notes.append(f"{args.figures}: {len(chapters)} figures, summary.md and summary.csv, from {len(runs)} runs")
     with contextlib.suppress(BrokenPipeError):  # where nobody reads on
-        os.write(1, "".join(f"{line}\n" for line in [*lines, f"{args.figures}: figures and summary.md"]).encode())
+        os.write(1, "".join(f"{note}\n" for note in notes).encode(errors="surrogateescape"))
 
 
 if __name__ == "__main__":
