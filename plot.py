@@ -512,11 +512,11 @@ class Tuned:
             others = sorted(both.difference(selection_seeds))
             self.scored_seeds = others if len(others) > 2 else []
 
-    def scores(self, optimizer):
-        return {seed: self.chosen[optimizer][seed].score("held-out") for seed in self.scored_seeds}
+    def scores(self, optimizer, rule="held-out"):
+        return {seed: self.chosen[optimizer][seed].score(rule) for seed in self.scored_seeds}
 
-    def gains(self):
-        return difference(self.scores("SAM"), self.scores("SGD"))
+    def gains(self, rule="held-out"):
+        return difference(self.scores("SAM", rule), self.scores("SGD", rule))
 
     def run(self, optimizer):
         return self.chosen[optimizer][self.selection_seeds[0]]
@@ -729,6 +729,7 @@ def add_tuned(table, sweeps, sweep, rule):
     for optimizer in ("SGD", "SAM"):
         table.add_widths(title, rule, optimizer, networks, [one.scores(optimizer) for one in best])
     table.add_widths(title, rule, "gain", networks, [one.gains() for one in best])
+    table.add_widths(title, rule, "gain after the last epoch", networks, [one.gains("last") for one in best])
 
     less = [other for other in sweeps if other.noise < sweep.noise]
     less = [other for other in less if other.without("noise", *FREE[rule]) == sweep.without("noise", *FREE[rule])]
@@ -739,25 +740,32 @@ def add_tuned(table, sweeps, sweep, rule):
 
 
 def label_fit(networks):
-    """Of each pair of runs after the last epoch: SGD's accuracy on the given labels minus SAM's; the gain."""
+    """Of each pair of runs after the last epoch: SGD's fit to the given labels minus SAM's; the gain; log width."""
     x = []
     y = []
+    width = []
     for network in networks:
         for sgd, sam in network.pairs("last"):
             x.append(sgd.final["train_acc"] - sam.final["train_acc"])
             y.append(sam.score("last") - sgd.score("last"))
-    return x, y
+            width.append(math.log10(network.params))
+    return x, y, width
 
 
 def add_label_fit(table, sweeps, title):
     networks = []
     for sweep in sweeps:
         networks += sweep.paired
-    x, y = label_fit(networks)
-    if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0:
-        slope, r2 = straight_line(x, y)
-        table.add(title, "last", "slope of the gain over the difference of training accuracies", (slope, len(x)))
-        table.add(title, "last", "R^2 of the gain and the difference of training accuracies", (r2, len(x)))
+    x, y, width = label_fit(networks)
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return
+
+    slope, r2 = straight_line(x, y)
+    table.add(title, "last", "slope of the gain over the difference of training accuracies", (slope, len(x)))
+    table.add(title, "last", "R^2 of the gain and the difference of training accuracies", (r2, len(x)))
+    if np.ptp(width) > 0:
+        _, r2 = straight_line(width, y)
+        table.add(title, "last", "R^2 of the gain and the logarithm of the parameters", (r2, len(x)))
 
 
 # ======================================================================================================================
@@ -978,7 +986,7 @@ def draw_label_fit(ax, sweeps):
     colors = {0.25: BLUE, 0.5: PINK, 0.75: GREY}
     for sweep in sweeps:
         for network in sweep.paired:
-            x, y = label_fit([network])
+            x, y, _ = label_fit([network])
             color = colors.get(sweep.noise, "black")
             face = color if is_mnist_mlp(sweep) else "white"
             ax.scatter(np.mean(x), np.mean(y), 8 * (math.log10(network.params) - 3.5) ** 2, face, edgecolors=color)
@@ -1326,8 +1334,22 @@ def convergence(sweeps):
     return figure, rows
 
 
-FIGURES = [front, label_noise, label_noise_elsewhere, gain_by_width, rho, curves, sharpness, claims]
-FIGURES += [sparsity, regularization, depth, layers, functions, convergence]
+FIGURES = [
+    front,
+    label_noise,
+    label_noise_elsewhere,
+    gain_by_width,
+    rho,
+    curves,
+    sharpness,
+    claims,
+    sparsity,
+    regularization,
+    depth,
+    layers,
+    functions,
+    convergence,
+]
 
 
 # ======================================================================================================================

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import csv
 import importlib
 import json
 import re
@@ -23,7 +24,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 import common
-import plot
 from common import SAM, frozen_bn_stats
 
 ROOT = Path(__file__).parent.parent
@@ -257,7 +257,6 @@ SHELL = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 DIFFS = re.findall(r"^```diff\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 NOT_HERE = {  # first words of a block: why no test executes it
     "git clone": "needs the network",
-    "bash run.sh quick": "ten minutes; tests/test_run_sh.py runs run.sh with a stub in Python's place",
     "torchrun": "several GPUs and nodes; tests/test_distributed.py has two processes on a CPU",
 }
 
@@ -293,7 +292,7 @@ def test_the_first_commands_train_and_draw(clone):
     (block,) = [block for block in SHELL if block.startswith("python label_noise.py")]
     for line in block.splitlines():
         call(clone, sys.executable, *line.replace("--epochs 30", "--epochs 1").split()[1:])
-    assert len(results(clone)) == 4 and (clone / "figures" / "accuracy_by_width.png").exists()
+    assert len(results(clone)) == 4 and (clone / "figures" / "front.png").exists()
 
 
 def test_the_slurm_script_runs_its_line(clone):
@@ -362,8 +361,8 @@ def test_the_recipe_of_an_optimizer(clone):
     assert len(found) == len(set(found.values())) == 4
     assert before in [path.read_bytes() for path in (clone / "results" / "mlp_width").glob("*.json")]
     call(clone, sys.executable, "plot.py")
-    text = (clone / "figures" / "summary.md").read_text()
-    assert "## MNIST, MLP, 1 epochs" in text and "## MNIST, MLP, optimizer adamw" in text
+    text = (clone / "figures" / "summary.csv").read_text()
+    assert re.search(r'^"MNIST, MLP[^"]* 1 epochs[^"]*"', text, re.MULTILINE) and "optimizer adamw" in text
 
 
 def test_the_recipe_of_a_model(clone):
@@ -393,19 +392,87 @@ def test_the_recipe_of_a_figure(clone):
     assert len(DIFFS) == 4
 
 
-# Its results
+# Its results, and those of results/README.md
+
+EVIDENCE = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+SHIPPED = ROOT / "figures" / "overnight"
+NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 
 
-def test_its_results_are_those_of_the_shipped_files():
-    shipped = (ROOT / "figures" / "overnight" / "summary.md").read_text(encoding="utf-8")
-    drawn = plot.summary(plot.workloads(ROOT / "results" / "overnight")[0])
-    number = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
-    assert re.sub(number, "#", shipped).startswith(re.sub(number, "#", drawn))
-    for one, other in zip(re.findall(number, shipped), re.findall(number, drawn)):
-        unit = 10.0 ** -len(one.partition(".")[2]) if "." in one else 0
-        assert abs(float(one) - float(other)) <= 1.01 * unit, (one, other)  # a rounding apart
-    results = README[: README.index("\n## Use SAM")]
-    intervals = re.findall(rf"[+-]?{number} ± {number}", results)
-    assert len(intervals) > 50 and not [text for text in intervals if f" {text} " not in shipped]
-    for text, star in re.findall(rf"([+-]{number} ± {number})(\*?)", results):
-        assert bool(star) == (f" {text} unresolved" in shipped), text
+@pytest.fixture(scope="module")
+def rows():
+    """The rows of the shipped summary.csv."""
+    with open(SHIPPED / "summary.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_summary_is_that_of_the_shipped_files(tmp_path):
+    call(ROOT, sys.executable, "plot.py", "--results", "results/overnight", "--figures", tmp_path)
+    for name in ("summary.csv", "summary.md"):
+        shipped = (SHIPPED / name).read_text(encoding="utf-8")
+        drawn = (tmp_path / name).read_text(encoding="utf-8")
+        assert re.sub(NUMBER, "#", shipped) == re.sub(NUMBER, "#", drawn)
+        for one, other in zip(re.findall(NUMBER, shipped), re.findall(NUMBER, drawn)):
+            unit = 10.0 ** -len(one.partition(".")[2]) if "." in one else 0  # machines round differently
+            assert abs(float(one) - float(other)) <= max(1.01 * unit, 1e-5 * abs(float(one)), 1e-12), (one, other)
+    assert {path.name for path in SHIPPED.iterdir()} == {path.name for path in tmp_path.iterdir()}
+
+
+def same(text, number):
+    """Whether a printed number is this one, rounded to as many digits; an exact half may go either way."""
+    digits = len(text.partition(".")[2])
+    return abs(float(text) - number) <= 0.5000001 * 10.0**-digits + 1e-5 * abs(number)
+
+
+@pytest.mark.parametrize("page", [README[: README.index("\n## Use SAM")], EVIDENCE], ids=["README", "results/README"])
+def test_every_interval_is_in_the_summary_and_starred_where_it_includes_zero(page, rows):
+    known = [(float(row["mean"]), float(row["half_interval"])) for row in rows if row["half_interval"]]
+    found = re.findall(rf"([+-]?{NUMBER}) ± ({NUMBER})(\\\*)?", page)
+    assert len(found) > 20
+    for mean, half, star in found:
+        signed = mean[0] in "+-"  # a gain or a slope
+        matches = [one for one in known if same(mean, one[0] if signed else abs(one[0])) and same(half, one[1])]
+        assert matches, f"{mean} ± {half}"
+        if signed:
+            assert bool(star) in {abs(m) <= h for m, h in matches}, f"{mean} ± {half}{star}"
+
+
+def values_of(rows, measure, epochs, rule):
+    """A measure by width, half of the labels flipped."""
+    sweep = f"MNIST, MLP 3:1, 50% flipped, {epochs}10,000 images, 5,000 held out"
+    found = {}
+    for row in rows:
+        if (row["sweep"], row["rule"], row["measure"], row["rho"]) == (sweep, rule, measure, "") and row["width"]:
+            found[row["width"]] = float(row["mean"])
+    return [found[width] for width in ("75-25", "150-50", "300-100", "1200-400")]
+
+
+def test_the_accuracies_that_the_pages_list_are_the_summarys(rows):
+    for measure, epochs in (("SGD", 12), ("SAM", 24), ("SAM", 60), ("SGD", 60)):
+        values = values_of(rows, measure, f"{epochs} epochs, ", "last")
+        assert ", ".join(f"{value:.1f}" for value in values) in EVIDENCE, (measure, epochs)
+    sgd = values_of(rows, "SGD", "12 epochs, ", "last")
+    sam = values_of(rows, "SAM", "60 epochs, ", "last")
+    for one, other in zip(sgd, sam):
+        assert f"| {one:.1f} / {other:.1f} |" in README
+
+
+def test_the_chosen_radii_and_epochs_that_the_pages_list_are_the_summarys(rows):
+    for measure in ("best rho", "epochs of SGD", "epochs of SAM"):
+        chosen = ", ".join(f"{value:g}" for value in values_of(rows, measure, "", "tuned"))
+        assert f"| half | {chosen}" in EVIDENCE or f"| {chosen} |" in EVIDENCE, measure
+    assert ", ".join(f"{value:g}" for value in values_of(rows, "best rho", "", "tuned")) in README
+
+
+def test_every_figure_has_its_place_and_every_link_a_target():
+    for page, folder in ((README, ROOT), (EVIDENCE, ROOT / "results")):
+        for link in re.findall(r"\]\(([^)#]+)[)#]", page):
+            if not link.startswith("http"):
+                assert (folder / link).exists(), link
+    shown = README + EVIDENCE
+    for path in SHIPPED.glob("*.png"):
+        assert path.name in shown, path.name
+    chapters = {
+        re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", EVIDENCE, re.M)
+    }
+    assert set(re.findall(r"results/README\.md#([a-z-]+)", README)) <= chapters
