@@ -25,6 +25,7 @@ from matplotlib.ticker import FixedLocator  # noqa: E402
 
 DEFINITIONS = """\
 A sweep is a set of runs that differ in width, optimizer, rho and seed alone; its title prints the other settings.
+MLP 3:1 are two hidden layers, the first three times as wide as the second, such as 300-100.
 A score is larger where it is better: test accuracy in per cent, or minus the test loss where targets are numbers.
 A gain is SAM's score minus SGD's at the same seed. A slope is per tenfold parameters, in a sweep by depth per layer.
 An interval is 95%, by Student's t over seeds. rho is chosen for each width, on held-out data where there are some, by
@@ -172,13 +173,13 @@ def read_runs(folder):
         except Exception as error:  # a foreign file may hold anything
             notes.append(f"{path}: left out, not a result file ({type(error).__name__}: {error})")
             continue
-        twin = runs.setdefault(run.key, run)
-        if twin is not run:
-            runs[run.key] = choose_twin(twin, run)
+        known = runs.setdefault(run.key, run)
+        if known is not run:
+            runs[run.key] = choose_file(known, run)
     return list(runs.values()), notes
 
 
-def choose_twin(one, other):
+def choose_file(one, other):
     """Of two files of one run the one that says more."""
     losses = [run.history.get("test_loss", ()) for run in (one, other)]
     if one.status != other.status or not np.array_equal(*losses, equal_nan=True):
@@ -292,9 +293,7 @@ class Network:
         self.params = run.params
         self.nonzero = run.nonzero
         self.position = len(run.layers) if by_depth else run.params  # on a figure's axis
-        self.x = (
-            self.position if by_depth else math.log10(run.params)
-        )  # slopes are per layer, or per tenfold parameters
+        self.x = self.position if by_depth else math.log10(run.params)  # slopes: per layer, or per tenfold parameters
         self.sgd = {}
         self.sam = {}
 
@@ -427,7 +426,7 @@ class Sweep:
     def final_values(self, optimizer, name):
         return [network.final_values(optimizer, name) for network in self.paired]
 
-    def twin(self, network):
+    def of_as_many_weights(self, network):
         """The network here that has as many weights, of a pruned one as many as are left, within 5%; or None."""
         slack = 0.05 if network.nonzero < network.params else 0
         near = [other for other in self.paired if abs(network.nonzero / other.nonzero - 1) <= slack]
@@ -589,7 +588,7 @@ def tune_widths(sweeps, sweep, rule):
 # Numbers: the rows of summary.csv
 # ======================================================================================================================
 
-MEASURES = {
+MEASURES = {  # after the last epoch; training loss and accuracy are that epoch's means, at w, on the labels trained on
     "train_acc": "training accuracy",
     "train_clean_acc": "accuracy on the original training labels",
     "train_loss": "training loss",
@@ -678,8 +677,8 @@ def add_contrasts(table, sweeps, sweep, rule):
         if sweep.pruner and other.settings == {**sweep.settings, "pruner": None}:
             others["that of dense networks"] = other
     for name, other in others.items():
-        networks = [network for network in sweep.paired if other.twin(network)]
-        gains = [difference(network.gains(rule), other.twin(network).gains(rule)) for network in networks]
+        networks = [network for network in sweep.paired if other.of_as_many_weights(network)]
+        gains = [difference(network.gains(rule), other.of_as_many_weights(network).gains(rule)) for network in networks]
         table.add_widths(sweep.title(), rule, f"gain - {name}", networks, gains)
 
 
@@ -799,7 +798,7 @@ def need(found, what):
 
 
 def usual(sweeps):
-    """The sweeps at the default rate, decay, schedule and loss; no pruning, no depths, no curves."""
+    """The sweeps at the default rate, decay, schedule and loss, of plain SAM (VARIANT); no pruning, depths, curves."""
     found = []
     for sweep in sweeps:
         changed = sweep.settings.keys() & (TRAINING | VARIANT)
@@ -812,6 +811,10 @@ def main_sweeps(sweeps):
     """Of the usual sweeps that differ in epochs alone the longest that has both SGD and SAM."""
     found = [longest(family) for family in families(usual(sweeps), "epochs")]
     return [sweep for sweep in found if sweep]
+
+
+def is_mnist_mlp(sweep):
+    return sweep.dataset == "mnist" and sweep.model.startswith("MLP")
 
 
 def panels(rows, columns, **sharing):
@@ -849,6 +852,14 @@ def draw_scores(ax, sweep, rule="last"):
     for optimizer, color in BOTH.items():
         draw_line(ax, sweep.positions, sweep.scores(optimizer, rule), optimizer, color)
     ax.set_ylabel(SCORE[sweep.metric])
+    width_axis(ax, sweep)
+
+
+def draw_final(ax, sweep, name):
+    """What SGD's and SAM's runs have after training, by width."""
+    for optimizer, color in BOTH.items():
+        draw_line(ax, sweep.positions, sweep.final_values(optimizer, name), optimizer, color)
+    ax.set_title(MEASURES[name])
     width_axis(ax, sweep)
 
 
@@ -892,7 +903,7 @@ def width_color(sweep, network):
 
 def points_axis(axis):
     """Ticks for an axis that is linear up to 1 point of accuracy and logarithmic beyond."""
-    axis.set_major_locator(FixedLocator([-10, -1, 0, 1, 3, 10, 30]))
+    axis.set_major_locator(FixedLocator([-10, -1, 0, 0.5, 1, 3, 10, 30]))
     axis.set_major_formatter("{x:g}")
 
 
@@ -913,17 +924,22 @@ def label_lines(ax):
 
 
 # ======================================================================================================================
-# The figures. Each takes all sweeps and returns the picture and the sweeps whose numbers stand below it in summary.md.
+# The figures. Each takes all sweeps and returns the picture, and the sweeps whose numbers stand below it in summary.md:
+# none where an earlier figure has them. Lines that have a label get it beside their last point. `depth` is a short one.
 # ======================================================================================================================
 
 
 def front(sweeps):
-    """Half of the training labels flipped, MNIST. Left: test accuracy after the last epoch, of SGD and SAM at the
-    longest training, and of SGD at the number of epochs that is best for it on held-out data. Middle: SAM's gain after
-    the last epoch, where each run stops at its best held-out epoch, and where SGD and SAM also have the number of
-    epochs that is best for each; the axis is logarithmic above 1. Right: the gain after the last epoch, by how much
-    better SGD fits the given, partly wrong labels than SAM: a mark a rate, length and width (the larger, the wider),
-    mean over seeds. Bars: 95% intervals over seeds. rho is chosen for each width on held-out data."""
+    """MNIST, MLPs, half of the training labels flipped to another class.
+
+    Left: test accuracy after the last epoch, of SGD and SAM at the longest training, and of SGD at the number of epochs
+    that is best for it on held-out images. Middle: SAM's gain over SGD after the last epoch, where each run stops at
+    its best held-out epoch, and where SGD and SAM also have the number of epochs that is best for each; the axis is
+    linear up to 1 and logarithmic above. Right: the gain after the last epoch, by how much better SGD fits the given,
+    partly wrong training labels than SAM, at all fractions of flipped labels: a mark for each fraction, number of
+    epochs and width (the larger, the wider), also of ResNets on MNIST. SAM's radius rho is chosen for each width on
+    held-out images. Means over seeds, with 95% intervals.
+    """
     mlps = [sweep for sweep in main_sweeps(sweeps) if is_mnist_mlp(sweep) and sweep.noise == 0.5]
     need(mlps, "SGD and SAM of MLPs on MNIST with half of the labels flipped")
     sweep = max(mlps, key=lambda sweep: len(lengths(sweeps, sweep)))
@@ -934,12 +950,8 @@ def front(sweeps):
     draw_label_fit(axes[2], [other for other in usual(sweeps) if other.noise and other.dataset == "mnist"])
     axes[0].set_title("test accuracy (%)")
     axes[1].set_title("gain of SAM over SGD (points)")
-    axes[2].set_title("gain after the last epoch, all rates")
+    axes[2].set_title("gain after the last epoch (points)")
     return figure, []
-
-
-def is_mnist_mlp(sweep):
-    return sweep.dataset == "mnist" and sweep.model.startswith("MLP")
 
 
 def lengths(sweeps, sweep):
@@ -959,9 +971,9 @@ def draw_short_sgd(ax, sweeps, sweep):
     if best is not sweep:
         runs = [best.networks[network.key].sgd for network in sweep.paired]
         scores = [{seed: run.score("last") for seed, run in one.items()} for one in runs]
-        draw_line(ax, sweep.positions, scores, f"SGD,\n{best.epochs} epochs", SGD, "--")
+        draw_line(ax, sweep.positions, scores, f"SGD, {best.epochs} epochs", SGD, "--")
     for optimizer, color in BOTH.items():
-        draw_line(ax, sweep.positions, sweep.scores(optimizer, "last"), f"{optimizer},\n{sweep.epochs} epochs", color)
+        draw_line(ax, sweep.positions, sweep.scores(optimizer, "last"), f"{optimizer}, {sweep.epochs} epochs", color)
     width_axis(ax, sweep)
 
 
@@ -995,7 +1007,7 @@ def draw_label_fit(ax, sweeps):
         ax.text(*place, f"{100 * noise:g}% flipped", color=colors.get(noise, "black"), transform=ax.transAxes)
     if not all(is_mnist_mlp(sweep) for sweep in sweeps):
         ax.text(0.98, 0.04, "hollow: ResNet-18", ha="right", transform=ax.transAxes)
-    ax.set_xlabel("SGD's accuracy on the given labels\nminus SAM's (points)")
+    ax.set_xlabel("SGD's fit to the given labels\nminus SAM's (points)")
 
 
 def label_noise(sweeps):
@@ -1035,14 +1047,8 @@ PAPER = {  # {parameters: gain} in points (teacher: in test loss), read off the 
         6e4: 0.062, 7e4: 0.063, 8e4: 0.074, 9e4: 0.080, 1e5: 0.083,
     },
 }  # fmt: skip
-PAPER_ALLOWS = {
-    "data_dir",
-    "val_size",
-    "image_size",
-    "amp",
-    "compile",
-    "fp32",
-}  # differences that don't hide its points
+# Settings that may differ where the paper's points are drawn
+PAPER_ALLOWS = {"data_dir", "val_size", "image_size", "amp", "compile", "fp32"}
 
 
 def paper_gains(sweep):
@@ -1228,8 +1234,8 @@ def sparsity(sweeps):
     for ax, sweep in zip(axes, pruned):
         draw_gains(ax, sweep, "pruned")
         for dense in sweeps:
-            if dense.settings == {**sweep.settings, "pruner": None} and dense.twin(sweep.paired[0]):
-                gain, _, _ = interval(dense.twin(sweep.paired[0]).gains("last"))
+            if dense.settings == {**sweep.settings, "pruner": None} and dense.of_as_many_weights(sweep.paired[0]):
+                gain, _, _ = interval(dense.of_as_many_weights(sweep.paired[0]).gains("last"))
                 ax.plot(sweep.positions, [gain] * len(sweep.positions), "--", color=GREY, linewidth=1, label="dense")
         ax.set_title(heading(sweep))
         ax.set_xlabel("parameters before pruning")
@@ -1308,14 +1314,6 @@ def functions(sweeps):
         draw_final(row[2], sweep, "variation")
         row[2].set_yscale("log")
     return figure, rows
-
-
-def draw_final(ax, sweep, name):
-    """What SGD's and SAM's runs have after training, by width."""
-    for optimizer, color in BOTH.items():
-        draw_line(ax, sweep.positions, sweep.final_values(optimizer, name), optimizer, color)
-    ax.set_title(MEASURES[name])
-    width_axis(ax, sweep)
 
 
 def convergence(sweeps):
