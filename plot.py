@@ -144,13 +144,16 @@ class Run:
         if self.function:
             self.final["variation"] = variation_of_slope(self.function["x"], self.function["y"])
 
+    def rules(self):
+        """The stopping rules that it can be scored by; `tuned` and `fresh` choose among runs (see Tuned)."""
+        return ["last", "paper"] if self.held_out is None else ["last", "held-out", "paper"]
+
     def epoch(self, rule):
         """Index of the epoch at which a rule stops."""
-        if rule == "held-out":
-            return int(self.held_out.argmax())
-        if rule == "paper":
-            return int(self.test.argmax())
-        return -1
+        stops = {"last": len(self.test) - 1, "paper": self.test.argmax()}
+        if self.held_out is not None:
+            stops["held-out"] = self.held_out.argmax()
+        return int(stops[rule])
 
     def score(self, rule):
         """The test score where the rule stops."""
@@ -386,7 +389,7 @@ class Sweep:
         self.epochs = run.epochs
         if run.status == "done":
             self.metric = run.metric
-            self.rules = ["last", "paper"] if run.held_out is None else ["last", "held-out", "paper"]
+            self.rules = run.rules()
 
     def pair(self):
         self.networks = dict(sorted(self.networks.items()))
@@ -530,7 +533,7 @@ def settings_tried(sweeps, sweep, key, free):
             tried[optimizer, run.epochs, rho, run.lr, run.weight_decay] = runs
 
     for other in sweeps:
-        if key in other.networks and other.rules == sweep.rules:
+        if key in other.networks and other.rules == sweep.rules:  # both with or both without held-out data
             if other.without(*free) == sweep.without(*free, *VARIANT):
                 add("SGD", 0.0, other.networks[key].sgd)
             if other.without(*free) == sweep.without(*free):
@@ -839,7 +842,7 @@ def draw_line(ax, x, values, label, color, style="-"):
     ax.errorbar(x[firm], means[firm], halves[firm], fmt="o" + style, color=color, elinewidth=1)
 
 
-def draw_gains(ax, sweep, label="gain", color=SAM, style="-", rule="last"):
+def draw_gains(ax, sweep, rule, label="gain", color=SAM, style="-"):
     """SAM's gain by width, where the stopping rule says."""
     draw_line(ax, sweep.positions, sweep.gains(rule), label, color, style)
     ax.axhline(0, color="black", linewidth=0.6)
@@ -847,7 +850,7 @@ def draw_gains(ax, sweep, label="gain", color=SAM, style="-", rule="last"):
     width_axis(ax, sweep)
 
 
-def draw_scores(ax, sweep, rule="last"):
+def draw_scores(ax, sweep, rule):
     """SGD's and SAM's scores by width, where the stopping rule says."""
     for optimizer, color in BOTH.items():
         draw_line(ax, sweep.positions, sweep.scores(optimizer, rule), optimizer, color)
@@ -979,7 +982,7 @@ def draw_short_sgd(ax, sweeps, sweep):
 
 def draw_stops(ax, sweeps, sweep):
     """The gain by width, by when training stops and by what else is best for each."""
-    draw_gains(ax, sweep, "last epoch")
+    draw_gains(ax, sweep, "last", "last epoch")
     if "held-out" in sweep.rules:
         draw_line(ax, sweep.positions, sweep.gains("held-out"), "best held-\nout epoch", YELLOW)
     for rule, label, color in (
@@ -1069,8 +1072,8 @@ def gain_by_width(sweeps):
     need(clean, "SGD and SAM on clean labels, at the default rate, decay, schedule and loss")
     figure, axes = panels(2, len(clean), sharex="col")
     for gains, scores, sweep in zip(*axes, clean):
-        draw_scores(scores, sweep)
-        draw_gains(gains, sweep, "here")
+        draw_scores(scores, sweep, "last")
+        draw_gains(gains, sweep, "last", "here")
         gains.set_xlabel("")
         gains.set_title(heading(sweep))
         paper = paper_gains(sweep)
@@ -1232,7 +1235,7 @@ def sparsity(sweeps):
     pruned = need([sweep for sweep in sweeps if sweep.pruner and sweep.paired], "SGD and SAM of pruned networks")
     figure, (axes,) = panels(1, len(pruned), sharey=True)
     for ax, sweep in zip(axes, pruned):
-        draw_gains(ax, sweep, "pruned")
+        draw_gains(ax, sweep, "last", "pruned")
         for dense in sweeps:
             if dense.settings == {**sweep.settings, "pruner": None} and dense.of_as_many_weights(sweep.paired[0]):
                 gain, _, _ = interval(dense.of_as_many_weights(sweep.paired[0]).gains("last"))
@@ -1253,8 +1256,8 @@ def regularization(sweeps):
     need(pairs, "SGD and SAM at --weight-decay 0 and at the default")
     figure, (axes,) = panels(1, len(pairs))
     for ax, (without, default) in zip(axes, pairs):
-        draw_gains(ax, default, "default\ndecay")
-        draw_gains(ax, without, "no decay", GREY, "--")
+        draw_gains(ax, default, "last", "default\ndecay")
+        draw_gains(ax, without, "last", "no decay", GREY, "--")
         ax.set_title(heading(default))
     return figure, [without for without, _ in pairs]
 
@@ -1264,8 +1267,8 @@ def depth(sweeps):
     deep = need([sweep for sweep in sweeps if sweep.by_depth and sweep.paired], "SGD and SAM of several depths")
     figure, axes = panels(len(deep), 2)
     for (left, right), sweep in zip(axes, deep):
-        draw_gains(left, sweep)
-        draw_scores(right, sweep)
+        draw_gains(left, sweep, "last")
+        draw_scores(right, sweep, "last")
         left.set_title(heading(sweep))
     return figure, deep
 
@@ -1283,7 +1286,7 @@ def layers(sweeps):
         for sweep in group:
             part = sweep.settings.get("perturb", "all")
             color = colors.get(part, "black")
-            draw_gains(left, sweep, part, color)
+            draw_gains(left, sweep, "last", part, color)
             draw_line(right, sweep.positions, sweep.final_values("SAM", "last_layer_share"), part, color)
         left.set_title(heading(group[0], "perturb"))
         right.set_ylabel("last layer's share (%)")
