@@ -233,6 +233,10 @@ def build_model(config, data, resnet=ResNet18):
     return prepare(MLP(hidden, math.prod(data.shape), data.outputs), config)
 
 
+def float32_outputs(module, inputs, outputs):
+    return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
+
+
 def prepare(model, config):
     """The model on the run's device, in the memory format that suits it, with --amp and --compile as asked."""
     model = model.to(config.device)
@@ -250,7 +254,7 @@ def prepare(model, config):
     if config.amp:
         device_type = torch.device(config.device).type
         model.forward = torch.autocast(device_type, torch.bfloat16)(model.forward)
-        model.register_forward_hook(lambda module, inputs, outputs: outputs.float())
+        model.register_forward_hook(float32_outputs)
 
     if config.compile:
         torch.compiler.reset()  # or the graphs of a sweep's earlier runs count, too

@@ -58,7 +58,7 @@ def keep_highest(scores, count):
     """Masks like the list of tensors `scores`, False at the `count` lowest of all their scores together."""
     flat = torch.cat([s.flatten() for s in scores])
     mask = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
-    mask[flat.argsort()[:count]] = False
+    mask[flat.argsort(stable=True)[:count]] = False
 
     parts = mask.split([s.numel() for s in scores])
     return [part.view_as(s) for part, s in zip(parts, scores)]
