@@ -41,8 +41,6 @@ def fake_data():
         labels = torch.arange(n) % 10
         test_split = Split(images[:test], labels[:test])
         val_split = Split(images[:0], labels[:0])
-        return Data(
-            Split(images, labels), val_split, test_split, images.shape[1:], 10, augment, LOSSES["ce"]
-        )
+        return Data(Split(images, labels), val_split, test_split, images.shape[1:], 10, augment, LOSSES["ce"])
 
     return make
