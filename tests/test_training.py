@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import assert_close, plain_run, result_of, runs, timeless, train
+from helpers import assert_close, interrupt, plain_run, result_of, runs, strict, timeless, train
 
 import common
 import label_noise
@@ -325,6 +325,69 @@ def test_the_layers_that_sam_perturbs_move_by_rho_and_no_other(make, perturb):
     assert last & expected <= {name for name, move in moves.items() if move.any()}
     total = math.sqrt(sum((move.double() ** 2).sum().item() for move in moves.values()))
     assert math.isclose(total, 0.7, rel_tol=1e-4)
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+
+
+def perturbations(monkeypatch, config):
+    """[(gradient, e)] of every step of a run of label_noise.py, as vectors."""
+    found = []
+    choose = label_noise.choose_perturbation
+
+    class Watched(SAM):
+        def perturb(self):
+            params = self.optimizer.param_groups[0]["params"]
+            before = flat(params)
+            super().perturb()
+            found[-1].append(flat(params) - before)
+
+    def watch(model, *args):
+        found.append([flat(p.grad for p in model.parameters())])
+        choose(model, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(label_noise, "SAM", Watched)
+        patch.setattr(label_noise, "choose_perturbation", watch)
+        label_noise.train(config)
+    return found
+
+
+def cosines(one, other):
+    return [torch.cosine_similarity(a, b, dim=0).abs().item() for a, b in zip(one, other)]
+
+
+def test_a_random_perturbation_has_length_rho_and_a_direction_of_its_own(monkeypatch, tmp_path):
+    argv = "--hidden 30-20 --train-size 300 --epochs 2 --sam --rho 0.3 --perturb random --noise 0.5".split()
+    zero, one = runs(label_noise, tmp_path, *argv, "--seed", 0, 1)
+    gradients, moves = zip(*perturbations(monkeypatch, zero))
+    n = len(moves[0])
+    assert len(moves) == 6 and n == 24_380
+    for e in moves:
+        assert math.isclose(e.norm(), 0.3, rel_tol=1e-4)
+        e = e * n**0.5 / 0.3
+        for part in (e, e[-210:]):  # all parameters, and the last layer's: N(0, 1)
+            assert abs(part.mean()) < 4 / len(part) ** 0.5
+            assert abs(part.var() - 1) < 4 * (2 / len(part)) ** 0.5
+        assert e.abs().max() > 3
+    assert max(cosines(moves, gradients)) < 4 / n**0.5
+    assert max(cosines(moves, moves[1:] + moves[:1])) < 4 / n**0.5  # drawn anew at every step, of every epoch
+    _, others = zip(*perturbations(monkeypatch, one))
+    assert max(cosines(moves, others)) < 4 / n**0.5  # and for every seed
+
+
+def test_a_random_perturbation_is_a_function_of_seed_and_step(monkeypatch, tmp_path):
+    argv = "--hidden 9 --train-size 300 --epochs 3 --sam --perturb random".split()
+    quiet, noisy = runs(label_noise, tmp_path / "whole", *argv, "--noise", 0.1, 0.6)
+    _, whole = zip(*perturbations(monkeypatch, quiet))
+    _, other = zip(*perturbations(monkeypatch, noisy))
+    assert min(cosines(whole, other)) > 0.9999  # whatever else differs
+    (config,) = runs(label_noise, tmp_path / "parts", *argv, "--noise", 0.1)
+    interrupt(label_noise, config, 2)
+    _, rest = zip(*perturbations(monkeypatch, config))
+    assert len(rest) == 3 and min(cosines(rest, whole[6:])) > 0.9999
+    assert timeless(result_of(tmp_path / "parts")) == timeless(strict(common.result_path(quiet)))
 
 
 def test_the_last_layers_share_of_the_squared_gradient():
