@@ -587,10 +587,13 @@ def is_main():
 
 
 def from_main(value):
-    """The main process's value, in every process."""
+    """The main process's value, in every process; where it has ended over an error, and said so, all end."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box)
+        try:
+            dist.broadcast_object_list(box)
+        except RuntimeError:
+            sys.exit(2)
     return box[0]
 
 
