@@ -221,15 +221,21 @@ def test_the_main_process_decides_what_is_finished_and_where_to_go_on(tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # running statistics too
 
 
+def count_images():
+    """Stands in for the curvature, which takes minutes for a ResNet."""
+    common.sharpness = lambda model, loss, images, targets, masks: {"images": len(images)}
+
+
 def test_one_process_and_two_are_two_runs(tmp_path):
     command = f"{RESNET} --sharpness 3"
-    end_pair(start_pair(command, tmp_path / "alone"))
+    counts = (count_images, count_images)
+    end_pair(start_pair(command, tmp_path / "alone", counts))
     (config,) = runs(resnet_width, tmp_path / "both", *command.split()[1:])
     interrupt(resnet_width, config, 1)  # whose checkpoint is not for two processes
-    pair = start_pair(command, tmp_path / "both")
+    pair = start_pair(command, tmp_path / "both", counts)
     end_pair(pair)
     assert "1 runs, 0 already finished" in pair[0].output.read_text()
-    single = Script(command, tmp_path / "both")
+    single = Script(command, tmp_path / "both", count_images)
     single.end()
     assert "1 runs, 0 already finished" in single.output.read_text()
     results = {strict(path)["config"]["processes"]: strict(path) for path in files(tmp_path / "both")}
