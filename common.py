@@ -1165,7 +1165,7 @@ def main(parser, train, settings_of):
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
-    if launched_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+    if launched_by_torchrun() and os.environ["WORLD_SIZE"] != "1" and not dist.is_initialized():
         exit_with_error("several processes are for resnet_width.py alone; without torchrun, start one command a run")
 
     todo = unfinished(parse(parser, settings_of))

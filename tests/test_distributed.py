@@ -262,6 +262,18 @@ def test_a_launchers_variables_left_behind_are_no_torchrun(tmp_path, script, lef
     assert "--hiden" in bad
 
 
+@pytest.mark.parametrize("script", ["mlp_width.py --hidden 9", "resnet_width.py --filters 1"])
+def test_variables_that_no_torchrun_has_set_are_one_line(tmp_path, script):
+    left = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": "two"}
+    Script(f"{script} {SMALL}", tmp_path, **left).end(status=2, lines=1)
+    assert files(tmp_path) == []
+
+
+def test_a_world_of_one_without_a_master_is_one_line(tmp_path):
+    left = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    assert "MASTER_ADDR" in Script(f"resnet_width.py {SMALL}", tmp_path, **left).end(status=2, lines=1)
+
+
 def test_torchrun_with_one_process_starts_any_script(tmp_path):
     Script(f"mlp_width.py {SMALL} --hidden 9", tmp_path, RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).end()
     assert result_of(tmp_path)["config"]["processes"] == 1
