@@ -332,8 +332,9 @@ def open_image(path):
     """The file's image, of mode L where it is grey, else RGB. ValueError, with its path, where it can't be taken."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8 bits")
+            deep_colour = re.search(r";16[BLN]", str(image.tile[:1]))  # Pillow would keep the upper 8 bits alone
+            if deep_colour or image.mode[0] in "IF":
+                raise ValueError("its pixels have more than 8 bits; convert it to 8 bits")
 
             if image.mode == "P":
                 image = image.convert("RGBA")  # or a transparent palette raises a warning
@@ -634,10 +635,13 @@ def is_main():
 
 
 def from_main(value):
-    """The main process's value, in every process."""
+    """The main process's value, in every process; where it has ended over an error, and said so, all end."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box)
+        try:
+            dist.broadcast_object_list(box)
+        except RuntimeError:
+            sys.exit(2)
     return box[0]
 
 
@@ -678,7 +682,11 @@ def hidden_layers(text):
 
 def dataset_name(text):
     """A known data set's name in lower case; else a folder, of which two spellings are one."""
-    return text.lower() if text.lower() in DATASETS else os.path.normpath(text)
+    if text.lower() in DATASETS:
+        return text.lower()
+
+    folder = os.path.normpath(text)
+    return os.path.abspath(folder) if folder in DATASETS else folder  # ./mnist is a folder, not the data set
 
 
 def flags(doc, *models):
@@ -1209,7 +1217,7 @@ def main(parser, train, settings_of):
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
-    if launched_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+    if launched_by_torchrun() and os.environ["WORLD_SIZE"] != "1" and not dist.is_initialized():
         exit_with_error("several processes are for resnet_width.py alone; without torchrun, start one command a run")
 
     todo = unfinished(parse(parser, settings_of))

@@ -206,7 +206,10 @@ def start_processes():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
     hours = datetime.timedelta(hours=2)  # while the main process downloads, or measures sharpness
-    dist.init_process_group(backend, timeout=hours)
+    try:
+        dist.init_process_group(backend, timeout=hours)
+    except ValueError as error:
+        exit_with_error(f"RANK and WORLD_SIZE are set, but not as torchrun sets them; unset RANK ({error})")
 
 
 def average_gradients(model, size):

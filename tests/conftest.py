@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import pytest
 import torch
 
-from common import Data, Split
+from common import LOSSES, Data, Split
 
 
 @pytest.fixture
@@ -40,6 +40,7 @@ def fake_data():
         images = torch.randint(256, (n, channels, 32, 32), dtype=torch.uint8, generator=generator)
         labels = torch.arange(n) % 10
         test_split = Split(images[:test], labels[:test])
-        return Data(Split(images, labels), Split(images[:0], labels[:0]), test_split, images.shape[1:], 10, augment)
+        val_split = Split(images[:0], labels[:0])
+        return Data(Split(images, labels), val_split, test_split, images.shape[1:], 10, augment, LOSSES["ce"])
 
     return make

@@ -151,15 +151,13 @@ def run(command, results, status=0, lines=0, prepare=None):
     return Script(command, results, prepare).end(status, lines)
 
 
-def start_pair(commands, results, prepares=(None, None)):
-    """The same script, or two commands, as torchrun starts it in two processes."""
+def start_pair(command, results, prepares=(None, None)):
+    """A script as torchrun starts it in two processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    commands = commands if isinstance(commands, tuple) else (commands, commands)
-    results = results if isinstance(results, tuple) else (results, results)
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
-    return [Script(commands[rank], results[rank], prepares[rank], RANK=rank, LOCAL_RANK=rank, **env) for rank in (0, 1)]
+    return [Script(command, results, prepares[rank], RANK=rank, LOCAL_RANK=rank, **env) for rank in (0, 1)]
 
 
 def squared(outputs, y):
@@ -198,6 +196,7 @@ def plain_run(model, data, config, rate, targets=None, masks=()):
     masks = dict(zip([id(p) for p in params if p.ndim > 1], masks))
     momenta = [torch.zeros_like(p) for p in params]
     clean, y_all = data.train.targets, data.train.targets if targets is None else targets
+    perturb = getattr(config, "perturb", "all")
     n, size, rows = len(y_all), config.batch_size, []
     updates = math.ceil(n / size)
 
@@ -237,10 +236,8 @@ def plain_run(model, data, config, rate, targets=None, masks=()):
                 if config.sam:
                     squares = [(g**2).sum().item() for g in grads]
                     in_last = sum(s for s, p in zip(squares, params) if id(p) in last)
-                    shares += in_last / sum(squares) if rank == 0 else 0  # of the main process's part
-                    moves_too = [
-                        config.perturb == "all" or (id(p) in last) == (config.perturb == "last") for p in params
-                    ]
+                    shares += in_last / sum(squares)
+                    moves_too = [perturb == "all" or (id(p) in last) == (perturb == "last") for p in params]
                     grads = [g * moved for g, moved in zip(grads, moves_too)]
                     kept = [p.detach().clone() for p in params]
                     scale = [p.detach() if config.adaptive else torch.ones_like(p) for p in params]
@@ -266,7 +263,7 @@ def plain_run(model, data, config, rate, targets=None, masks=()):
             row["train_acc"] = hits / n
             row |= {} if targets is None else {"train_clean_acc": clean_hits / n}
         row |= score(data.test, "test") | (score(data.val, "val") if len(data.val.targets) else {})
-        rows.append(row | ({"last_layer_share": shares / updates} if config.sam else {}))
+        rows.append(row | ({"last_layer_share": shares / updates} if config.sam and targets is not None else {}))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import struct
 import warnings
 import zlib
@@ -234,16 +235,16 @@ def own(config):
     return (x, torch.cat([x.sum(1, keepdim=True), x[:, :1]], 1)), (x[:7], torch.zeros(7, 2))
 
 DATASETS["own"] = own
-SETTINGS["own"] = SETTINGS["teacher"] | {"epochs": 2, "batch_size": 16}
+OWN = {**TEACHER, "epochs": 2, "batch_size": 16}
 
 def build_model(config, data):
     torch.manual_seed(config.seed)
     return prepare(MLP((config.units,), data.shape[0], data.outputs), config)
 
 if __name__ == "__main__":
-    parser = flags("mine", SETTINGS)
+    parser = flags("mine")
     parser.add_argument("--units", type=int, nargs="+", default=[5], help="mine")
-    main(parser, train, lambda args: SETTINGS["own"])
+    main(parser, train, lambda args: OWN)
 """
 
 
@@ -292,7 +293,6 @@ def modes(folder):
     """(path, pixels that are right) of images of every mode that a file may have."""
     colours = [(255, 0, 10), (0, 200, 30), (5, 6, 7)]
     grey = np.array([[0, 100, 255]], dtype=np.uint8)
-    deep = np.array([[0x0000, 0x7F80, 0xABCD, 0xFFFF]], dtype=np.uint16)
     alpha = Image.new("L", (3, 1), 9)
     yield "L.png", Image.fromarray(grey), grey
     yield "LA.png", Image.merge("LA", (Image.fromarray(grey), alpha)), grey
@@ -301,8 +301,6 @@ def modes(folder):
     yield "RGBA.png", Image.merge("RGBA", (*rgb(*colours).split(), alpha)), [colours]
     yield "P.png", rgb(*colours).quantize(3), [colours]
     yield "CMYK.tif", Image.merge("CMYK", [Image.new("L", (1, 1), v) for v in (255, 0, 0, 0)]), [[(0, 255, 255)]]
-    yield "I16.png", Image.fromarray(deep), deep >> 8
-    yield "I.tif", Image.fromarray(deep.astype(np.int32)), deep >> 8
 
 
 def test_images_of_every_mode_are_read_as_8_bits_of_grey_or_colour(tmp_path):
@@ -336,25 +334,43 @@ def broken(folder):
     for name, data in files.items():
         (folder / name).write_bytes(data)
         yield folder / name
-    for name, values in (("float.tif", np.ones((2, 2), np.float32)), ("deep.tif", np.full((2, 2), 70_000, np.int32))):
-        save(folder / name, Image.fromarray(values))
+
+
+def deep(folder):
+    """Images of 16 and 32 bits that hold 0 to 255: scaled to 8 bits by a guess, they would be black."""
+    values = np.arange(256).reshape(16, 16)
+    for name, kind in (("16.png", np.uint16), ("16.tif", np.uint16), ("32.tif", np.int32), ("float.tif", np.float32)):
+        save(folder / name, Image.fromarray(values.astype(kind)))
         yield folder / name
-    save(folder / "negative.tif", Image.fromarray(np.full((2, 2), -1, np.int32)))
-    yield folder / "negative.tif"
+    rows = b"".join(b"\0" + struct.pack(">48H", *np.repeat(row, 3)) for row in values)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0))
+    colours = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (folder / "colour16.png").write_bytes(colours)
+    yield folder / "colour16.png"
+
+
+def refusal(path, root, capsys):
+    """The one line that a folder with this image among good ones ends with."""
+    for part in ("train", "test"):
+        for label in "ab":
+            save(root / part / label / "1.png", Image.new("L", (64, 64)))
+    place = (root / "test" / "b" / "2").with_suffix(path.suffix)
+    place.write_bytes(path.read_bytes())
+    with pytest.raises(SystemExit) as exit:
+        common.read_folder(str(root))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and str(place) in line, line
+    return line
 
 
 def test_files_that_are_no_image_are_named_in_one_line(tmp_path, capsys):
     for path in broken(tmp_path / "files"):
-        root = tmp_path / path.name
-        for part in ("train", "test"):
-            for label in "ab":
-                save(root / part / label / "1.png", Image.new("L", (64, 64)))
-        place = (root / "test" / "b" / "2").with_suffix(path.suffix)
-        place.write_bytes(path.read_bytes())
-        with pytest.raises(SystemExit) as exit:
-            common.read_folder(str(root))
-        (line,) = capsys.readouterr().err.splitlines()
-        assert exit.value.code == 2 and str(place) in line, line
+        assert "is not an image that can be read" in refusal(path, tmp_path / path.name, capsys)
+
+
+def test_images_of_more_than_8_bits_are_refused_with_what_to_do(tmp_path, capsys):
+    for path in deep(tmp_path / "files"):
+        assert "convert it to 8 bits" in refusal(path, tmp_path / path.name, capsys)
 
 
 def test_a_folder_of_images_is_a_data_set(tmp_path):
@@ -378,10 +394,49 @@ def test_a_folder_of_images_is_a_data_set(tmp_path):
     assert result["status"] == "done" and result["config"]["dataset"] == str(tmp_path / "two")
 
 
-def test_a_grey_folder_has_one_channel_and_test_comes_before_val(tmp_path):
+def test_a_grey_folder_has_one_channel_and_test_comes_before_val(tmp_path, capsys):
     for part, shade in (("train", 10), ("test", 20), ("val", 30)):
         for label in "ab":
             save(tmp_path / part / label / "1.png", Image.new("L", (32, 32), shade))
     (config,) = runs(mlp_width, tmp_path / "results", "--dataset", tmp_path, "--hidden", 5)
     data = load_data(config)
     assert data.shape == (1, 32, 32) and data.test.inputs.unique().tolist() == [20]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path) in line and "test/ is taken" in line
+
+
+def test_hidden_folders_are_no_classes(tmp_path, capsys):
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        save(tmp_path / place / "1.png", Image.new("L", (32, 32)))
+    save(tmp_path / "train" / ".ipynb_checkpoints" / "1-checkpoint.png", Image.new("L", (32, 32)))
+    (tmp_path / "test" / ".cache").mkdir()
+    (config,) = runs(mlp_width, tmp_path / "results", "--dataset", tmp_path, "--hidden", 5)
+    data = load_data(config)
+    assert data.outputs == 2 and len(data.train.targets) == 2 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_classes_that_differ_are_named_with_the_folder_that_is_taken(tmp_path, capsys, part):
+    for place in ("train/a", "train/b", f"{part}/b", f"{part}/images"):
+        save(tmp_path / place / "1.png", Image.new("L", (32, 32)))
+    with pytest.raises(SystemExit) as exit:
+        common.scan_folder(str(tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and f"{part}/" in line and line.endswith(" a, images")
+
+
+def test_spellings_of_a_folder_are_one_run(tmp_path):
+    spellings = ["data/mini", "data/mini/", "./data/mini", "data//mini", "data/../data/mini/."]
+    for flag in ("--data-dir", "--dataset"):
+        found = [runs(mlp_width, tmp_path, flag, spelling)[0] for spelling in spellings]
+        assert len({config.name for config in found}) == 1
+        assert {getattr(config, flag[2:].replace("-", "_")) for config in found} == {"data/mini"}
+
+
+def test_a_folder_with_a_data_sets_name_is_that_folder(tmp_path, monkeypatch):
+    (tmp_path / "mnist").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = {common.dataset_name(spelling) for spelling in ("./mnist", "mnist/", str(tmp_path / "mnist"))}
+    (folder,) = found
+    assert folder not in common.DATASETS and os.path.samefile(folder, "mnist")
+    assert common.dataset_name("mnist") == common.dataset_name("MNIST") == "mnist"

@@ -28,11 +28,8 @@ from helpers import (
 from torch.nn.parallel import DistributedDataParallel
 
 import common
-import label_noise
-import mlp_width
 import resnet_width
-import sparsity
-from common import MLP, SAM, ResNet18, frozen_bn_stats
+from common import SAM, ResNet18, frozen_bn_stats
 
 SMALL = f"--data-dir {small_mnist()} --dataset mnist --device cpu --batch-size 25 --epochs 2"
 STEPS, WORLD = 3, 2
@@ -145,36 +142,25 @@ def double():
 
 
 @pytest.mark.parametrize(
-    ("script", "argv"),
+    "argv",
     [
-        (mlp_width, "--hidden 9-7 --train-size 140 --val-size 33"),  # 25 and 15 images a step: 13 and 12, 8 and 7
-        (mlp_width, "--hidden 9-7 --train-size 140 --sam --rho 0.1"),
-        (mlp_width, "--hidden 20 --train-size 53 --sam --rho 0.1 --perturb rest --loss mse --lr 0.002"),
-        (label_noise, "--hidden 9-7 --train-size 140 --noise 0.5 --sam --rho 0.1 --adaptive"),
-        (sparsity, "--hidden 9-7 --train-size 140 --sparsity 0.5 --pruner snip --sam --rho 0.1 --perturb last"),
-        (resnet_width, "--filters 1 --train-size 53 --sam --rho 0.1"),
+        "--train-size 40 --val-size 33",  # 25 and 15 images a step: 13 and 12, 8 and 7
+        "--train-size 53 --sam --rho 0.1",
+        "--train-size 40 --sam --rho 0.1 --adaptive --loss mse --lr 0.002",
     ],
 )
-def test_each_process_perturbs_by_its_share_and_the_sam_gradients_are_averaged(float64, tmp_path, script, argv):
-    command = f"{script.__name__}.py {SMALL} {argv}"
+def test_each_process_perturbs_by_its_share_and_the_sam_gradients_are_averaged(float64, tmp_path, argv):
+    command = f"resnet_width.py {SMALL} --filters 1 {argv}"
     pair = start_pair(command, tmp_path, prepares=(double, double))
-    (config,) = runs(script, tmp_path, *command.split()[1:])
+    (config,) = runs(resnet_width, tmp_path, *command.split()[1:])
     data = common.load_data(config)
     torch.manual_seed(0)
-    model = ResNet18(config.filters, 1) if config.filters else MLP(map(int, config.hidden.split("-")))
-    targets, masks = None, ()
-    if script is label_noise:
-        targets = label_noise.flip_labels(data.train.targets, 0.5, 10, 0)
-    if script is sparsity:  # by the gradient on the whole batch
-        kernels = [p for p in model.parameters() if p.ndim > 1]
-        masks = sparsity.prune(model, kernels, F.cross_entropy, config, data)
-        for w, mask in zip(kernels, masks):
-            w.data *= mask
+    model = ResNet18(config.filters, 1)
     config.processes = WORLD
     updates = config.epochs * math.ceil(len(data.train.targets) / 25)
-    drops = [int(fraction * updates) for fraction in ((0.5, 0.75) if config.filters else (0.25, 0.5, 0.75))]
+    drops = [int(fraction * updates) for fraction in (0.5, 0.75)]
     rate = lambda step, steps: config.lr / 10 ** sum(step >= drop for drop in drops)  # noqa: E731
-    expected = plain_run(model, data, config, rate, targets, masks)
+    expected = plain_run(model, data, config, rate)
     end_pair(pair)
     result = result_of(tmp_path)
     assert result["config"]["processes"] == WORLD
@@ -235,34 +221,62 @@ def test_the_main_process_decides_what_is_finished_and_where_to_go_on(tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # running statistics too
 
 
+def count_images():
+    """Stands in for the curvature, which takes minutes for a ResNet."""
+    common.sharpness = lambda model, loss, images, targets, masks: {"images": len(images)}
+
+
 def test_one_process_and_two_are_two_runs(tmp_path):
-    command = f"mlp_width.py {SMALL} --hidden 9 --sam --rho 0.5 --sharpness 8"
-    end_pair(start_pair(command, tmp_path / "alone"))
-    (config,) = runs(mlp_width, tmp_path / "both", *command.split()[1:])
-    interrupt(mlp_width, config, 1)  # whose checkpoint is not for two processes
-    pair = start_pair(command, tmp_path / "both")
+    command = f"{RESNET} --sharpness 3"
+    counts = (count_images, count_images)
+    end_pair(start_pair(command, tmp_path / "alone", counts))
+    (config,) = runs(resnet_width, tmp_path / "both", *command.split()[1:])
+    interrupt(resnet_width, config, 1)  # whose checkpoint is not for two processes
+    pair = start_pair(command, tmp_path / "both", counts)
     end_pair(pair)
     assert "1 runs, 0 already finished" in pair[0].output.read_text()
-    single = Script(command, tmp_path / "both")
+    single = Script(command, tmp_path / "both", count_images)
     single.end()
     assert "1 runs, 0 already finished" in single.output.read_text()
     results = {strict(path)["config"]["processes"]: strict(path) for path in files(tmp_path / "both")}
     assert results.keys() == {1, 2} and len(files(tmp_path / "both")) == 2
     assert timeless(results[2]) == timeless(result_of(tmp_path / "alone")) != timeless(results[1])
-    assert results[2]["sharpness"]["images"] == 8
+    assert results[2]["sharpness"]["images"] == 3
 
 
-def test_results_folders_that_differ_are_one_line_and_nothing_is_written(tmp_path):
-    folders = tmp_path / "one", tmp_path / "other"
-    pair = start_pair(f"mlp_width.py {SMALL} --hidden 9", folders)
-    assert "--results" in end_pair(pair, (2, 2), (1, 0))
+@pytest.mark.parametrize(
+    "command", ["mlp_width.py --hidden 9", "label_noise.py --hidden 9", "sparsity.py --hidden 9 --sparsity 0.5"]
+)
+def test_the_other_scripts_refuse_several_processes_in_one_line(tmp_path, command):
+    pair = start_pair(f"{command} {SMALL}", tmp_path)
+    assert "several processes are for resnet_width.py alone" in end_pair(pair, (2, 2), (1, 0))
     assert files(tmp_path) == []
 
 
-def test_flags_that_differ_are_one_line_and_nothing_is_written(tmp_path):
-    commands = tuple(f"mlp_width.py {SMALL} --hidden 9 --sam --rho {rho}" for rho in ("0.1", "0.2"))
-    assert "different flags" in end_pair(start_pair(commands, tmp_path), (2, 2), (1, 0))
+@pytest.mark.parametrize("left", [{"RANK": 1}, {"WORLD_SIZE": 2}, {"RANK": 3, "WORLD_SIZE": 8, "MASTER_ADDR": "x"}])
+@pytest.mark.parametrize("script", ["mlp_width.py --hidden 9", "resnet_width.py --filters 1 --train-size 20"])
+def test_a_launchers_variables_left_behind_are_no_torchrun(tmp_path, script, left):
+    Script(f"{script} {SMALL} --epochs 1", tmp_path, **left).end()
+    assert result_of(tmp_path)["config"]["processes"] == 1
+    bad = Script(f"{script} --hiden 20", tmp_path / "bad", **left).end(status=2, lines=1)
+    assert "--hiden" in bad
+
+
+@pytest.mark.parametrize("script", ["mlp_width.py --hidden 9", "resnet_width.py --filters 1"])
+def test_variables_that_no_torchrun_has_set_are_one_line(tmp_path, script):
+    left = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": "two"}
+    Script(f"{script} {SMALL}", tmp_path, **left).end(status=2, lines=1)
     assert files(tmp_path) == []
+
+
+def test_a_world_of_one_without_a_master_is_one_line(tmp_path):
+    left = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    assert "MASTER_ADDR" in Script(f"resnet_width.py {SMALL}", tmp_path, **left).end(status=2, lines=1)
+
+
+def test_torchrun_with_one_process_starts_any_script(tmp_path):
+    Script(f"mlp_width.py {SMALL} --hidden 9", tmp_path, RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).end()
+    assert result_of(tmp_path)["config"]["processes"] == 1
 
 
 @pytest.mark.parametrize(
@@ -272,12 +286,18 @@ def test_flags_that_differ_are_one_line_and_nothing_is_written(tmp_path):
         ("--train-size 26", "--batch-size"),
         ("--val-size 1", "--val-size or 60 test images: too few for 2"),
         ("--dataset nowhere", "--dataset nowhere"),
+        ("--dataset kmnist --data-dir README.md", "README.md"),  # met by the main process alone
     ],
 )
 def test_what_a_user_can_mend_is_said_once_by_all_processes_together(tmp_path, argv, named):
-    pair = start_pair(f"mlp_width.py {SMALL} --hidden 9 {argv}", tmp_path)
+    pair = start_pair(f"resnet_width.py {SMALL} --filters 1 {argv}", tmp_path)
     assert named in end_pair(pair, (2, 2), (1, 0))
     assert files(tmp_path) == []
+
+
+def test_a_results_folder_that_cant_be_written_to_ends_both(tmp_path):
+    pair = start_pair(f"resnet_width.py {SMALL} --filters 1", "README.md/inside")
+    assert "--results" in end_pair(pair, (2, 2), (1, 0))
 
 
 def test_torchrun_starts_a_script(tmp_path):
@@ -290,4 +310,4 @@ def test_torchrun_starts_a_script(tmp_path):
     assert result["status"] == "done" and [row["epoch"] for row in result["history"]] == [1, 2]
     for row in result["history"]:
         assert all(math.isfinite(value) for value in row.values())
-        assert 1 < row["train_loss"] < 10 and 0 <= row["train_acc"] < 1 and 0 < row["last_layer_share"] < 1
+        assert 1 < row["train_loss"] < 10 and 0 <= row["train_acc"] < 1

@@ -1,5 +1,6 @@
 """The scripts as a user starts them: what they write, say and cost."""
 
+import argparse
 import ctypes
 import functools
 import math
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, Script, files, result_of, small_mnist, strict, timeless
+from helpers import ROOT, Script, call_main, files, result_of, small_mnist, strict, timeless
 
 import common
+import mlp_width
+import sparsity
 
 SMALL = f"--data-dir {small_mnist()} --dataset mnist --device cpu --val-size 50 --epochs 2 --batch-size 50".split()
 SCRIPTS = {
@@ -66,10 +69,16 @@ KEYS = {
     "train_loss",
 }
 FLAGS = {
-    *"sam rho adaptive perturb epochs batch_size lr momentum weight_decay schedule warmup loss sharpness seed".split(),
-    *"dataset data_dir train_size val_size device amp compile fp32 results force script processes".split(),
+    *"sam rho adaptive epochs batch_size lr momentum weight_decay schedule warmup milestones loss sharpness".split(),
+    *"seed dataset data_dir train_size val_size device amp compile fp32 results force save script processes".split(),
+    *"hidden filters".split(),
 }
-OWN_FLAGS = {"label_noise": {"hidden", "filters", "noise"}, "sparsity": {"hidden", "filters", "sparsity", "pruner"}}
+OWN_FLAGS = {
+    "mlp_width": set(),
+    "resnet_width": {"depth", "image_size", "workers"},
+    "label_noise": {"noise", "perturb"},
+    "sparsity": {"sparsity", "pruner"},
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -79,14 +88,14 @@ def test_result_files_have_what_the_contract_says(folder, script):
     for result in found:
         config, history = result["config"], result["history"]
         assert config["script"] == script and config["epochs"] == 2 and config["val_size"] == 50
-        assert config.keys() >= FLAGS | OWN_FLAGS.get(script, {"hidden", "filters"}) and config["processes"] == 1
-        assert not config.keys() & {"name", "defaults"}
+        assert config.keys() == result["defaults"].keys() == FLAGS | OWN_FLAGS[script] and config["processes"] == 1
         assert (result["defaults"]["epochs"], result["defaults"]["val_size"]) == (config["filters"] and 200 or 100, 0)
         assert result.keys() == KEYS
         assert result["status"] == "done" and [row["epoch"] for row in history] == [1, 2]
         for row in history:
             more = {"train_clean_acc"} if script == "label_noise" else set()
-            assert row.keys() == ROW | more | ({"last_layer_share"} if config["sam"] else set())
+            more |= {"last_layer_share"} if script == "label_noise" and config["sam"] else set()
+            assert row.keys() == ROW | more
             assert all(0 <= row[key] <= 1 for key in row if key.endswith("acc") or key == "last_layer_share")
             assert row["seconds"] > 0
         for key in ("test_acc", "test_loss", "train_loss"):
@@ -107,7 +116,7 @@ def test_a_curves_result_has_its_function_and_no_accuracy(folder):
     assert result.keys() == KEYS | {"function"}
     assert result["function"].keys() == {"x", "y", "y_initial"}
     assert all(len(values) == 311 for values in result["function"].values())
-    losses = {"epoch", "lr", "seconds", "train_loss", "test_loss", "last_layer_share"}
+    losses = {"epoch", "lr", "seconds", "train_loss", "test_loss"}
     assert [row.keys() for row in result["history"]] == [losses, losses]
 
 
@@ -123,17 +132,119 @@ def test_the_same_command_gives_the_same_history(folder, tmp_path):
     assert timeless(result_of(tmp_path)) == timeless(first)
 
 
-def compile_without_compiler():
-    """The model's graphs are taken, forward and backward, but run as they are: C++ code for them takes a minute."""
-    compile_model = torch.nn.Module.compile
-    torch.nn.Module.compile = lambda model: compile_model(model, backend="aot_eager")
-
-
-@pytest.mark.parametrize("flag", ["--amp", "--compile"])
-def test_amp_and_compile_train_to_nearly_the_same(folder, tmp_path, flag):
-    Script([*COMMANDS[4][:-1], "--hidden", "30-20", flag], tmp_path, compile_without_compiler).end()
+def test_amp_trains_to_nearly_the_same(folder, tmp_path):
+    Script([*COMMANDS[4][:-1], "--hidden", "30-20", "--amp"], tmp_path).end()
     (first,) = [r for r in results(folder / "mlp_width") if (r["num_params"], r["config"]["rho"]) == (24_380, 0.05)]
     assert math.isclose(result_of(tmp_path)["train_loss"], first["train_loss"], rel_tol=0.05)
+
+
+def test_compiled_graphs_are_for_one_size_each_and_all_taken_in_the_first_epoch(monkeypatch, tmp_path):
+    """A smaller last batch, else, makes the sizes of all later graphs symbols. The graphs are taken, but run as they
+    are: C++ code for them takes a minute."""
+    graphs = []
+    grown = []
+    compile_model = torch.nn.Module.compile
+
+    def keep(graph, inputs):
+        graphs.append([*map(type, inputs)])
+        return graph.forward
+
+    def count(recorder, row):
+        end_epoch(recorder, row)
+        grown.append(len(graphs))
+
+    end_epoch = common.Recorder.end_epoch
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **more: compile_model(model, backend=keep, **more))
+    monkeypatch.setattr(common.Recorder, "end_epoch", count)
+    argv = [*SMALL, "--hidden", 9, "--epochs", 3, "--train-size", 140, "--sam"]  # batches of 50, 50, 40
+    call_main(mlp_width, tmp_path / "plain", *argv)
+    grown.clear()
+    call_main(mlp_width, tmp_path / "compiled", *argv, "--compile")
+    assert grown == [grown[0]] * 3 and grown[0] >= 4  # two sizes in training, test and held-out images
+    assert not any(torch.SymInt in inputs or int in inputs for inputs in graphs)
+    plain, compiled = (result_of(tmp_path / name)["train_loss"] for name in ("plain", "compiled"))
+    assert math.isclose(plain, compiled, rel_tol=1e-5)
+
+
+# ------------------------------------------------------------ --save
+
+
+def accuracy(model, images, labels):
+    model.eval()
+    with torch.no_grad():
+        return (model(images).argmax(1) == labels).double().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "make"),
+    [
+        ("mlp_width", "--hidden 30-20", lambda: common.MLP((30, 20))),
+        ("resnet_width", "--filters 1", lambda: common.ResNet18(1, 1)),
+        ("label_noise", "--hidden 30-20 --noise 0.5", lambda: common.MLP((30, 20))),
+        ("sparsity", "--hidden 30-20 --pruner snip --sparsity 0.9", lambda: common.MLP((30, 20))),
+    ],
+)
+def test_saved_weights_score_as_the_history_says_and_are_not_part_of_the_name(folder, tmp_path, script, argv, make):
+    Script([f"{script}.py", *SMALL, *argv.split(), "--sam", "--save"], tmp_path).end()
+    weights, result = sorted(files(tmp_path), key=lambda path: path.suffix == ".json")
+    assert weights.suffix == ".pt" and weights.stem == result.stem
+    assert (folder / script / result.name).exists()  # of the run without --save
+    model = make()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    _, (images, labels) = common.read_torchvision("mnist", str(small_mnist()))
+    images = common.pad_to_32(images) if script == "resnet_width" else images
+    found = accuracy(model, images / 255, labels)
+    assert math.isclose(found, strict(result)["history"][-1]["test_acc"], rel_tol=1e-6)
+    if script == "sparsity":
+        zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.ndim > 1)
+        assert zeros == strict(result)["num_params"] - strict(result)["num_nonzero"]
+
+
+def test_a_finished_run_without_weights_says_so(tmp_path, capsys):
+    argv = [*SMALL, "--hidden", 9, "--epochs", 1]
+    call_main(mlp_width, tmp_path, *argv)
+    call_main(mlp_width, tmp_path, *argv)
+    assert capsys.readouterr().err == ""
+    call_main(mlp_width, tmp_path, *argv, "--save")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "without --save" in line and "--force" in line and len(files(tmp_path)) == 1
+    call_main(mlp_width, tmp_path, *argv, "--save", "--force")
+    call_main(mlp_width, tmp_path, *argv, "--save")
+    assert capsys.readouterr().err == "" and len(files(tmp_path)) == 2
+
+
+# ------------------------------------------------------------ what a run says at its start
+
+
+def test_a_mask_that_leaves_a_layer_empty_is_told(tmp_path, capsys):
+    argv = [*SMALL, "--epochs", 1, "--hidden", "30-20"]
+    call_main(sparsity, tmp_path, *argv, "--sparsity", 0.9, 0.998)  # of 23520, 600 and 200 weights 47, 1 and none stay
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--sparsity 0.998" in line and "no weight is left in 5.weight;" in line
+    call_main(sparsity, tmp_path, *argv, "--sparsity", 0.99999)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1.weight, 3.weight, 5.weight" in line
+    assert [strict(path)["status"] for path in files(tmp_path)] == ["done"] * 3
+
+
+@pytest.mark.parametrize(
+    ("rhos", "flags", "device", "told"),
+    [
+        ([0.04, 0.01], {"amp": True}, "cpu", "--amp: .*0.04"),
+        ([0.05], {"amp": True}, "cpu", None),
+        ([0.009], {}, "cpu", None),
+        ([0.05, 0.009, 0.001], {}, "cuda", "TF32 .*0.009"),
+        ([0.01], {}, "cuda:1", None),
+        ([0.009], {"fp32": True}, "cuda", None),
+        ([0.009], {"sam": False}, "cuda", None),
+    ],
+)
+def test_rounding_that_hides_sams_correction_is_told_once(capsys, rhos, flags, device, told):
+    defaults = {"sam": True, "adaptive": False, "amp": False, "fp32": False, "device": device}
+    common.warn_about_precision([argparse.Namespace(**{**defaults, **flags, "rho": rho}) for rho in rhos])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(told)
+    assert not told or re.search(told, lines[0])
 
 
 def test_without_git_the_commit_is_unknown(tmp_path):

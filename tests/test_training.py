@@ -10,12 +10,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import assert_close, plain_run, result_of, runs, timeless, train
+from helpers import assert_close, interrupt, plain_run, result_of, runs, strict, timeless, train
 
 import common
 import label_noise
 import mlp_width
-import plot
 import resnet_width
 import sparsity
 from common import MLP, SAM, ResNet18, learning_rate
@@ -95,15 +94,6 @@ def test_amp_computes_in_bfloat16_and_gives_float32_and_nothing_else_does(tmp_pa
     assert seen == [torch.float32, torch.bfloat16]
 
 
-def test_compile_compiles_and_nothing_else_does(monkeypatch, tmp_path):
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda model: compiled.append(model))
-    for flag in ([], ["--compile"]):
-        (config,) = runs(mlp_width, tmp_path, "--hidden", 9, *flag)
-        model = common.build_model(config, common.load_data(config))
-    assert compiled == [model]
-
-
 def test_a_network_is_laid_out_as_its_device_likes_it(tmp_path):
     for filters, expected in ((4, torch.contiguous_format), (8, torch.channels_last)):
         (config,) = runs(resnet_width, tmp_path, "--filters", filters, "--train-size", 300)
@@ -132,9 +122,10 @@ def test_defaults_are_the_papers(monkeypatch, tmp_path, script, argv):
     (config,) = runs(script, tmp_path, *argv.split())
     keys = "dataset epochs batch_size lr momentum weight_decay loss schedule milestones".split()
     assert tuple(getattr(config, key) for key in keys) == WORKLOADS[script, argv]
-    more = (config.warmup, config.perturb, config.sharpness, config.seed, config.sam, config.rho, config.processes)
-    assert more == (0, "all", 0, 0, False, None, 1)
+    more = (config.warmup, config.sharpness, config.seed, config.sam, config.rho, config.processes)
+    assert more == (0, 0, 0, False, None, 1)
     assert getattr(config, "noise", 0.5) == 0.5 and getattr(config, "sparsity", 0.9) == 0.9
+    assert getattr(config, "perturb", None) == ("all" if script is label_noise else None)
     (config,) = runs(script, tmp_path, *argv.split(), "--sam")
     assert config.rho == 0.05
 
@@ -257,7 +248,7 @@ def test_masks_remove_exactly_what_was_asked(tmp_path, pruner, rate):
     kernels = [p for p in model.parameters() if p.ndim > 1]
     statistics_before = [b.clone() for b in model.buffers()]
     weights = [w.clone() for w in kernels]
-    masks = sparsity.prune(model, kernels, F.cross_entropy, config, data)
+    masks = sparsity.prune(model, kernels, data, config)
     assert all(map(torch.equal, statistics_before, model.buffers())) and all(map(torch.equal, weights, kernels))
     removed = [int((~mask).sum()) for mask in masks]
     if pruner == "random":
@@ -281,7 +272,7 @@ def test_snip_prunes_alike_whatever_kernels_compute_the_gradient(tmp_path):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model = common.build_model(config, data).to(memory_format=memory_format)
         kernels = [p for p in model.parameters() if p.ndim > 1]
-        found.append(sparsity.prune(model, kernels, F.cross_entropy, config, data))
+        found.append(sparsity.prune(model, kernels, data, config))
     assert all(map(torch.equal, *found))
 
 
@@ -292,7 +283,7 @@ def test_random_masks_are_functions_of_the_seed(tmp_path):
         data = common.load_data(config)
         model = common.build_model(config, data)
         kernels = [p for p in model.parameters() if p.ndim > 1]
-        found.append(torch.cat([m.flatten() for m in sparsity.prune(model, kernels, None, config, data)]))
+        found.append(torch.cat([m.flatten() for m in sparsity.prune(model, kernels, data, config)]))
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
     assert 0.15 < (found[0] != found[1]).double().mean() < 0.21  # 2 x 0.9 x 0.1, as if independent
 
@@ -317,7 +308,7 @@ def test_pruned_weights_are_zero_at_every_step(monkeypatch, tmp_path, optimizer)
 # ------------------------------------------------------------ where SAM perturbs
 
 
-@pytest.mark.parametrize("perturb", ["all", "last", "rest"])
+@pytest.mark.parametrize("perturb", ["all", "last", "rest", "random"])
 @pytest.mark.parametrize("make", [lambda: MLP((7, 5), 12, 3), lambda: ResNet18(1, 1, 3)], ids=["mlp", "resnet"])
 def test_the_layers_that_sam_perturbs_move_by_rho_and_no_other(make, perturb):
     torch.manual_seed(0)
@@ -325,29 +316,93 @@ def test_the_layers_that_sam_perturbs_move_by_rho_and_no_other(make, perturb):
     x = torch.rand(6, 12) if len(model) < 8 else torch.rand(6, 1, 8, 8)
     F.cross_entropy(model(x), torch.arange(6) % 3).backward()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    common.drop_gradients(model, perturb)
+    label_noise.choose_perturbation(model, perturb, seed=0, step=0)
     SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.7).perturb()
     moves = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     last = {f"{len(model) - 1}.weight", f"{len(model) - 1}.bias"}
-    expected = {"all": set(moves), "last": last, "rest": set(moves) - last}[perturb]
+    expected = {"last": last, "rest": set(moves) - last}.get(perturb, set(moves))
     assert {name for name, move in moves.items() if move.any()} <= expected
     assert last & expected <= {name for name, move in moves.items() if move.any()}
     total = math.sqrt(sum((move.double() ** 2).sum().item() for move in moves.values()))
     assert math.isclose(total, 0.7, rel_tol=1e-4)
 
 
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+
+
+def perturbations(monkeypatch, config):
+    """[(gradient, e)] of every step of a run of label_noise.py, as vectors."""
+    found = []
+    choose = label_noise.choose_perturbation
+
+    class Watched(SAM):
+        def perturb(self):
+            params = self.optimizer.param_groups[0]["params"]
+            before = flat(params)
+            super().perturb()
+            found[-1].append(flat(params) - before)
+
+    def watch(model, *args):
+        found.append([flat(p.grad for p in model.parameters())])
+        choose(model, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(label_noise, "SAM", Watched)
+        patch.setattr(label_noise, "choose_perturbation", watch)
+        label_noise.train(config)
+    return found
+
+
+def cosines(one, other):
+    return [torch.cosine_similarity(a, b, dim=0).abs().item() for a, b in zip(one, other)]
+
+
+def test_a_random_perturbation_has_length_rho_and_a_direction_of_its_own(monkeypatch, tmp_path):
+    argv = "--hidden 30-20 --train-size 300 --epochs 2 --sam --rho 0.3 --perturb random --noise 0.5".split()
+    zero, one = runs(label_noise, tmp_path, *argv, "--seed", 0, 1)
+    gradients, moves = zip(*perturbations(monkeypatch, zero))
+    n = len(moves[0])
+    assert len(moves) == 6 and n == 24_380
+    for e in moves:
+        assert math.isclose(e.norm(), 0.3, rel_tol=1e-4)
+        e = e * n**0.5 / 0.3
+        for part in (e, e[-210:]):  # all parameters, and the last layer's: N(0, 1)
+            assert abs(part.mean()) < 4 / len(part) ** 0.5
+            assert abs(part.var() - 1) < 4 * (2 / len(part)) ** 0.5
+        assert e.abs().max() > 3
+    assert max(cosines(moves, gradients)) < 4 / n**0.5
+    for later in range(1, 6):  # drawn anew at every step, of every epoch
+        assert max(cosines(moves, moves[later:])) < 4 / n**0.5
+    _, others = zip(*perturbations(monkeypatch, one))
+    assert max(cosines(moves, others)) < 4 / n**0.5  # and for every seed
+
+
+def test_a_random_perturbation_is_a_function_of_seed_and_step(monkeypatch, tmp_path):
+    argv = "--hidden 9 --train-size 300 --epochs 3 --sam --perturb random".split()
+    quiet, noisy = runs(label_noise, tmp_path / "whole", *argv, "--noise", 0.1, 0.6)
+    _, whole = zip(*perturbations(monkeypatch, quiet))
+    _, other = zip(*perturbations(monkeypatch, noisy))
+    assert min(cosines(whole, other)) > 0.9999  # whatever else differs
+    (config,) = runs(label_noise, tmp_path / "parts", *argv, "--noise", 0.1)
+    interrupt(label_noise, config, 2)
+    _, rest = zip(*perturbations(monkeypatch, config))
+    assert len(rest) == 3 and min(cosines(rest, whole[6:])) > 0.9999
+    assert timeless(result_of(tmp_path / "parts")) == timeless(strict(common.result_path(quiet)))
+
+
 def test_the_last_layers_share_of_the_squared_gradient():
     model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Sequential(nn.Linear(2, 1)), nn.Flatten())
     for p, g in zip(model.parameters(), ([[1.0], [2.0]], [0.0, 2.0], [[3.0, 0.0]], [1.0])):
         p.grad = torch.tensor(g)  # 1 + 4 + 4 = 9 before the last layer, 9 + 1 = 10 in it
-    assert math.isclose(common.last_layer_share(model), 10 / 19, rel_tol=1e-6)
+    assert math.isclose(label_noise.last_layer_share(model), 10 / 19, rel_tol=1e-6)
     model[0].bias.grad = None
-    assert math.isclose(common.last_layer_share(model), 10 / 15, rel_tol=1e-6)
+    assert math.isclose(label_noise.last_layer_share(model), 10 / 15, rel_tol=1e-6)
     model[2][0].bias.grad = None
-    assert math.isclose(common.last_layer_share(model), 9 / 14, rel_tol=1e-6)
+    assert math.isclose(label_noise.last_layer_share(model), 9 / 14, rel_tol=1e-6)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    assert common.last_layer_share(model) == 0
+    assert label_noise.last_layer_share(model) == 0
 
 
 # ------------------------------------------------------------ the loops of scripts
@@ -357,10 +412,10 @@ CASES = [  # script, flags, learning rate
     (mlp_width, "--hidden 30-20 --epochs 3 --sam --rho 0.1", stepwise(STEP3)),
     (
         mlp_width,
-        "--hidden 30 --loss mse --lr 0.02 --momentum 0.5 --schedule constant --warmup 4 --sam --rho 0.1 --perturb last",
+        "--hidden 30 --loss mse --lr 0.02 --momentum 0.5 --schedule constant --warmup 4 --sam --rho 0.1",
         lambda step, steps: 0.02 * min(1, (step + 1) / 4),
     ),
-    (mlp_width, "--hidden 9 --sam --rho 0.5 --adaptive --perturb rest --weight-decay 0.1", stepwise(STEP3)),
+    (mlp_width, "--hidden 9 --sam --rho 0.5 --adaptive --weight-decay 0.1", stepwise(STEP3)),
     (
         mlp_width,
         "--dataset curve --hidden 8 --sam --rho 0.2 --batch-size 50 --lr 1e-3 --schedule cosine",
@@ -369,16 +424,12 @@ CASES = [  # script, flags, learning rate
     (mlp_width, "--dataset teacher --hidden 8 --sam --rho 0.2 --val-size 90", stepwise(STEP2, 0.01)),
     (resnet_width, "--filters 2 --batch-size 10", stepwise(STEP2)),
     (resnet_width, "--filters 2 --batch-size 10 --sam --rho 0.1", stepwise(STEP2)),
-    (
-        resnet_width,
-        "--filters 8 --batch-size 10 --epochs 1 --sam --rho 0.3 --adaptive --perturb rest",
-        stepwise(STEP2),
-    ),  # channels last
+    (resnet_width, "--filters 8 --batch-size 10 --epochs 1 --sam --rho 0.3 --adaptive", stepwise(STEP2)),  # NHWC
     (label_noise, "--hidden 30-20 --noise 0.4 --val-size 100", stepwise(STEP3)),
-    (label_noise, "--hidden 30-20 --noise 0.4 --sam --rho 0.1 --adaptive", stepwise(STEP3)),
+    (label_noise, "--hidden 30-20 --noise 0.4 --sam --rho 0.1 --adaptive --perturb last", stepwise(STEP3)),
     (label_noise, "--filters 2 --batch-size 10 --noise 0.6 --sam --rho 0.1 --perturb rest", stepwise(STEP2)),
     (sparsity, "--hidden 30-20 --sparsity 0.8 --val-size 100", stepwise(STEP3)),
-    (sparsity, "--hidden 30-20 --sparsity 0.8 --pruner magnitude --sam --rho 0.1 --perturb last", stepwise(STEP3)),
+    (sparsity, "--hidden 30-20 --sparsity 0.8 --pruner magnitude --sam --rho 0.1", stepwise(STEP3)),
     (sparsity, "--filters 2 --batch-size 10 --sparsity 0.5 --pruner snip --sam --rho 0.3 --adaptive", stepwise(STEP2)),
 ]
 
@@ -408,7 +459,7 @@ def test_the_scripts_equal_a_plain_loop_in_float64(float64, monkeypatch, tmp_pat
         targets = label_noise.flip_labels(data.train.targets, config.noise, 10, 5)
     if script is sparsity:
         kernels = [p for p in model.parameters() if p.ndim > 1]
-        masks = sparsity.prune(model, kernels, F.cross_entropy, config, data)
+        masks = sparsity.prune(model, kernels, data, config)
         for w, mask in zip(kernels, masks):
             w.data *= mask
     expected = plain_run(model, data, config, rate, targets, masks)
@@ -424,9 +475,9 @@ def test_batchnorm_counts_every_batch_once_in_every_script(monkeypatch, tmp_path
     monkeypatch.setattr(script, "load_data", lambda config: data)
     recorder = script.Recorder
 
-    def record(config, model, optimizer):
+    def record(config, data, model, optimizer):
         models.append(model)
-        return recorder(config, model, optimizer)
+        return recorder(config, data, model, optimizer)
 
     monkeypatch.setattr(script, "Recorder", record)
     monkeypatch.setattr(common, "MLP", lambda *a: MLP(*a).insert(2, nn.BatchNorm1d(9)))  # as a user may
@@ -442,11 +493,12 @@ def test_no_two_runs_share_a_name(tmp_path):
     sweep = ["--hidden", "75-25", "300-100", "--seed", 0, 1, "--noise", 0, 0.5]
     names = [c.name for c in runs(label_noise, tmp_path, *sweep)]
     more = "--sam --rho 0.1 0.2|--sam --adaptive|--lr 0.2|--amp|--epochs 7|--warmup 9|--loss mse|--schedule cosine|"
-    more += "--sharpness 10|--sam --perturb last|--sam --perturb rest|--train-size 50|--val-size 50|--batch-size 7|"
+    more += "--sharpness 10|--sam --perturb last|--sam --perturb rest|--sam --perturb random|--train-size 50|"
+    more += "--val-size 50|--batch-size 7|"
     more += f"--data-dir {'x' * 300}|--data-dir {'x' * 301}|--momentum 0.5|--weight-decay 0.3|--dataset kmnist|--fp32"
     for flags in more.split("|"):
         names += [c.name for c in runs(label_noise, tmp_path, *sweep, *flags.split())]
-    assert len(set(names)) == len(names) == 8 * 22 and max(map(len, names)) < 200
+    assert len(set(names)) == len(names) == 8 * 23 and max(map(len, names)) < 200
 
 
 def test_where_a_run_happens_is_not_in_its_name(tmp_path):
@@ -466,15 +518,5 @@ def test_values_given_twice_train_once(tmp_path):
 
 
 def test_the_copies_of_the_papers_settings_agree():
-    mnist, cifar = label_noise.SETTINGS["hidden"], label_noise.SETTINGS["filters"]
-    assert sparsity.SETTINGS == label_noise.SETTINGS and mlp_width.SETTINGS["mnist"] == mnist
-    assert resnet_width.SETTINGS[18] == cifar | {"warmup": 0}
-    shown = [(plot.MNIST, mnist), (plot.CIFAR, cifar), (plot.TEACHER, mlp_width.SETTINGS["teacher"])]
-    shown.append((plot.IMAGENET, resnet_width.SETTINGS[50]))
-    for paper, settings in shown:
-        assert len(paper.keys() & settings.keys()) >= 7
-        assert all(paper[key] == settings[key] for key in paper.keys() & settings.keys())
-    for name, counts in (("mnist", MLP_COUNTS), ("cifar10", RESNET_COUNTS)):
-        assert [int(x) for x in plot.PAPER[name][1].split()[::2]] == [*counts.values()]
-    _, (x, y) = mlp_width.curve(argparse.Namespace(val_size=0))
-    assert all(np.allclose(ours, theirs) for ours, theirs in zip(plot.CURVE, (x[:, 0], y[:, 0])))
+    assert mlp_width.MNIST == label_noise.MNIST == sparsity.MNIST
+    assert resnet_width.CIFAR10 == label_noise.CIFAR10 == sparsity.CIFAR10
