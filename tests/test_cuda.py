@@ -68,7 +68,7 @@ def start(command, *arguments, **env):
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def end(process, seconds=120):
+def end(process, seconds=600):
     """Waits for it to end well; what it printed."""
     try:
         output, errors = process.communicate(timeout=seconds)
