@@ -825,7 +825,7 @@ def parse(parser, settings_of):
 # Where and how a run happens, not what it computes: in neither its name nor what makes two runs the same.
 WHERE_AND_HOW = {"device", "results", "force", "save", "workers", "name", "defaults"}
 
-# What stands in a run's name in a place of its own.
+# What stands in a run's name in a place of its own; any other flag is added to it where it is not at its default.
 NAMED_FIRST = {
     "script",
     "dataset",

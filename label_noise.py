@@ -58,11 +58,11 @@ CIFAR10 = {  # --filters
 
 
 def flip_labels(labels, noise, classes, seed):
-    """A copy of labels (N,) in which exactly round(noise N), a function of the seed, have become another class.
+    """A copy of labels (N,) in which exactly round(noise N) have become another class; which ones depends on the seed.
 
     The images of a lower noise rate are among those of a higher one.
     """
-    rng = np.random.default_rng((seed, 0))  # batches() takes (seed, epoch), which counts from 1
+    rng = np.random.default_rng((seed, 0))  # the data order's is (seed, epoch), and epochs count from 1
     chosen = rng.permutation(len(labels))[: round(noise * len(labels))]
 
     shifts = np.zeros(len(labels), dtype=np.int64)
@@ -116,7 +116,7 @@ def train(config):
     data = load_data(config)
     loss_fn = data.loss_fn
     clean = data.train.targets
-    noisy = flip_labels(clean, config.noise, data.outputs, config.seed)
+    noisy = flip_labels(clean, config.noise, data.outputs, config.seed)  # an output a class
 
     model = build_model(config, data)
     optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
@@ -163,7 +163,7 @@ def train(config):
 
 
 if __name__ == "__main__":
-    parser = flags(__doc__, "hidden", "filters")  # a flag added to it is in a run's name where not at its default
+    parser = flags(__doc__, "hidden", "filters")  # a flag that you add gets into the runs' names by itself
     fraction = bounded_number(float, 0, 1, closed=True)
     text = "fraction of the training labels replaced (default: 0.5)"
     parser.add_argument("--noise", type=fraction, nargs="+", default=[0.5], metavar="P", help=text)
