@@ -811,7 +811,10 @@ def usual(sweeps):
 
 
 def main_sweeps(sweeps):
-    """Of the usual sweeps that differ in epochs alone the longest that has both SGD and SAM."""
+    """Of the usual sweeps that differ in epochs alone the longest that has both SGD and SAM.
+
+    For others, select from `usual(sweeps)` or all sweeps: [s for s in usual(sweeps) if s.paired and s.epochs == 24].
+    """
     found = [longest(family) for family in families(usual(sweeps), "epochs")]
     return [sweep for sweep in found if sweep]
 
@@ -827,7 +830,7 @@ def panels(rows, columns, **sharing):
 
 
 def heading(sweep, *without):
-    """A sweep's title in lines that a panel has room for, and without mathematics in a folder's name."""
+    """A sweep's title, but for what is held out, in lines that a panel has room for; no mathematics in folders' names."""
     return textwrap.fill(sweep.title("val_size", *without).replace("$", r"\$"), 44)
 
 
@@ -843,7 +846,7 @@ def draw_line(ax, x, values, label, color, style="-"):
 
 
 def draw_gains(ax, sweep, rule, label="gain", color=SAM, style="-"):
-    """SAM's gain by width, where the stopping rule says."""
+    """SAM's gain by width, where the stopping rule says; "held-out" needs a sweep that has it in its `rules`."""
     draw_line(ax, sweep.positions, sweep.gains(rule), label, color, style)
     ax.axhline(0, color="black", linewidth=0.6)
     ax.set_ylabel(GAIN[sweep.metric])
@@ -859,7 +862,7 @@ def draw_scores(ax, sweep, rule):
 
 
 def draw_final(ax, sweep, name):
-    """What SGD's and SAM's runs have after training, by width."""
+    """A number after training, by width, of SGD and of SAM at each width's best rho by the last epoch; it is the title."""
     for optimizer, color in BOTH.items():
         draw_line(ax, sweep.positions, sweep.final_values(optimizer, name), optimizer, color)
     ax.set_title(MEASURES[name])
