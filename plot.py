@@ -830,7 +830,7 @@ def panels(rows, columns, **sharing):
 
 
 def heading(sweep, *without):
-    """A sweep's title, but for what is held out, in lines that a panel has room for; no mathematics in folders' names."""
+    """A sweep's title but for what is held out, in lines that a panel has room for; no mathematics in folders' names."""
     return textwrap.fill(sweep.title("val_size", *without).replace("$", r"\$"), 44)
 
 
@@ -862,7 +862,7 @@ def draw_scores(ax, sweep, rule):
 
 
 def draw_final(ax, sweep, name):
-    """A number after training, by width, of SGD and of SAM at each width's best rho by the last epoch; it is the title."""
+    """A number after training, its title, by width: of SGD, and of SAM at each width's best rho by the last epoch."""
     for optimizer, color in BOTH.items():
         draw_line(ax, sweep.positions, sweep.final_values(optimizer, name), optimizer, color)
     ax.set_title(MEASURES[name])

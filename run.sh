@@ -45,7 +45,8 @@ teacher_rhos=${RHOS-0.001 0.01 0.05 0.07 0.1 0.2 0.3 0.5 0.7 1 2}
 
 # ---- The commands ---------------------------------------------------------------------------------------------------
 # A list in quotes becomes a line for each of its words: --rho "0.1 0.2" makes two lines. Without quotes it stays one
-# line with several values, which the script takes one after the other. --hidden or --filters comes first.
+# line with several values, which --rho, --seed, --hidden, --filters, --noise and --sparsity take. The width comes first.
+# A flag that is new here belongs into the refusal of FLAGS at the end, too.
 
 lines() { split python "$@" $always; }
 
