@@ -1054,7 +1054,7 @@ class Recorder:
 
         for parameter, buffers in self.optimizer.state.items():
             for key, value in buffers.items():
-                # Fused kernels take what is shaped like w to lie in memory as w does; a checkpoint may be of another device.
+                # Fused kernels take such a state to lie in memory as w does; the checkpoint may be of another device.
                 if getattr(value, "shape", None) == parameter.shape:
                     buffers[key] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 

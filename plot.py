@@ -830,7 +830,7 @@ def panels(rows, columns, **sharing):
 
 
 def heading(sweep, *without):
-    """A sweep's title but for what is held out, in lines that a panel has room for; no mathematics in folders' names."""
+    """A sweep's title but for what is held out, in lines that a panel has room for; no mathematics in folder names."""
     return textwrap.fill(sweep.title("val_size", *without).replace("$", r"\$"), 44)
 
 
