@@ -85,9 +85,9 @@ def snip_scores(model, kernels, data, config):
     with frozen_bn_stats(model):
         data.loss_fn(model(x.double()), y).backward()
 
-    gradients = [w.grad.abs() for w in kernels]
+    scores = [(w.detach() * w.grad).abs() for w in kernels]
     model.to(dtype)
-    return [w.detach().abs() * g for w, g in zip(kernels, gradients)]
+    return scores
 
 
 def prune(model, kernels, data, config):
@@ -118,8 +118,10 @@ def mask_weight(weight, mask):
 
 
 def tell_of_empty_layers(model, masks, config):
-    names = {w: name for name, w in model.named_parameters()}
-    empty = [names[w] for w, mask in masks.items() if not mask.any()]
+    empty = []
+    for name, w in model.named_parameters():
+        if w in masks and not masks[w].any():
+            empty.append(name)
 
     if empty:
         what = f"--sparsity {config.sparsity} --pruner {config.pruner}"
@@ -140,8 +142,10 @@ def train(config):
     kernels = [w for w in model.parameters() if w.ndim > 1]
     masks = dict(zip(kernels, prune(model, kernels, data, config)))
     tell_of_empty_layers(model, masks, config)
+    num_nonzero = sum(p.numel() for p in model.parameters())
     for w, mask in masks.items():
         mask_weight(w, mask.to(w))
+        num_nonzero -= int((~mask).sum())
 
     optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
     sam = SAM(optimizer, config.rho, config.adaptive) if config.sam else None
@@ -178,10 +182,8 @@ def train(config):
         row.update(evaluate(model, loss_fn, data.val, "val"))
         recorder.end_epoch(row)
 
-    removed = sum(int((~mask).sum()) for mask in masks.values())
-    num_params = sum(p.numel() for p in model.parameters())
-    directions = [masks.get(p, torch.ones_like(p)) for p in model.parameters()]
-    recorder.finish(masks=directions, num_nonzero=num_params - removed)
+    directions = [masks.get(p, torch.ones_like(p)) for p in model.parameters()]  # in which --sharpness looks
+    recorder.finish(masks=directions, num_nonzero=num_nonzero)
 
 
 if __name__ == "__main__":
