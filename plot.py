@@ -831,7 +831,7 @@ def panels(rows, columns, **sharing):
 
 def heading(sweep, *without):
     """A sweep's title but for what is held out, in lines that a panel has room for; no mathematics in folder names."""
-    return textwrap.fill(sweep.title("val_size", *without).replace("$", r"\$"), 44)
+    return textwrap.fill(sweep.title("val_size", *without).replace("$", r"\$"), 40)
 
 
 def draw_line(ax, x, values, label, color, style="-"):
@@ -1067,16 +1067,17 @@ def paper_gains(sweep):
 
 
 def gain_by_width(sweeps):
-    """Clean labels, after the last epoch. Above: SAM's gain over SGD by width (of a regression: in test loss), beside
-    the paper's gains where the settings are its own. Below: the scores; of a regression minus the test loss, where the
-    dashed lines are the noise of the targets and the best constant. Bars: 95% intervals, of three seeds or more; hollow
-    marks have fewer, and the bold line leaves them out."""
+    """Clean labels, by the paper's rule: each run's best test epoch, and the rho that is best on test data. Above:
+    SAM's gain over SGD by width (of a regression: in test loss), beside the paper's gains where the settings are its
+    own. Below: the scores; of a regression minus the test loss, where the dashed lines are the noise of the targets and
+    the best constant. Bars: 95% intervals, of three seeds or more; hollow marks have fewer, and the bold line leaves
+    them out."""
     clean = [sweep for sweep in main_sweeps(sweeps) if not sweep.noise]
     need(clean, "SGD and SAM on clean labels, at the default rate, decay, schedule and loss")
     figure, axes = panels(2, len(clean), sharex="col")
     for gains, scores, sweep in zip(*axes, clean):
-        draw_scores(scores, sweep, "last")
-        draw_gains(gains, sweep, "last", "here")
+        draw_scores(scores, sweep, "paper")
+        draw_gains(gains, sweep, "paper", "here")
         gains.set_xlabel("")
         gains.set_title(heading(sweep))
         paper = paper_gains(sweep)
