@@ -191,20 +191,17 @@ overnight() { # in rows, since the last may not be reached
     both "0.2 0.3" "${noisy[@]}" --noise 0.25 --epochs 24 --weight-decay "0.001 0.003"
     both "0.05 0.1" "${noisy[@]}" --noise 0.75 --epochs 24 --weight-decay "0.001 0.003"
 
-    # 10. Row 9's choices on fresh seeds, and SAM in a random direction, as width:epochs:rho:decay:lr (SGD has no rho)
-    # TO FILL IN: each width's choices, in addition to these
-    local sgd="1200-400:12::0.0001:0.1 300-100:12::0.0001:0.1 150-50:12::0.0001:0.1 75-25:12::0.0001:0.1"
-    local sam="1200-400:24:0.3:0.0001:0.1 300-100:24:0.2:0.0001:0.1 150-50:24:0.2:0.0001:0.1 75-25:24:0.1:0.0001:0.1"
-    for item in $sgd $sam; do
-        IFS=: read -r hidden epochs rho decay lr <<<"$item"
-        local chosen=(label_noise.py --hidden $hidden --noise 0.5 --epochs $epochs --weight-decay $decay --lr $lr $some)
-        if [ -z "$rho" ]; then
-            lines "${chosen[@]}" $fresh
-        else
-            lines "${chosen[@]}" $fresh --sam --rho $rho
-            lines "${chosen[@]}" $five --sam --rho $rho --perturb random
-        fi
+    # 10. Row 9's choices, as width:rho:decay, on fresh seeds, and SAM in a random direction; row 1's settings beside them
+    lines label_noise.py --hidden "$widths" --noise 0.5 --epochs 24 --weight-decay 0.003 $some $fresh
+    lines label_noise.py --hidden "$widths" --noise 0.5 --epochs 12 $some $fresh
+    for item in 1200-400:0.3:0.0001 300-100:0.2:0.0001 150-50:0.1:0.001 75-25:0.1:0.001; do
+        IFS=: read -r hidden rho decay <<<"$item"
+        local chosen=(label_noise.py --hidden $hidden --noise 0.5 --epochs 24 --weight-decay $decay $some)
+        lines "${chosen[@]}" $fresh --sam --rho $rho
+        lines "${chosen[@]}" $five --perturb random --sam --rho $rho
     done
+    lines label_noise.py --hidden 150-50 --noise 0.5 --epochs 24 $some $fresh --sam --rho 0.2
+    lines label_noise.py --hidden 75-25 --noise 0.5 --epochs 24 $some $fresh --sam --rho 0.1
 
     # 11. Other widths
     lines label_noise.py --hidden "3000-1000 30-10" --noise 0.5 --epochs 12 $some $three
