@@ -950,7 +950,7 @@ def front(sweeps):
     need(mlps, "SGD and SAM of MLPs on MNIST with half of the labels flipped")
     sweep = max(mlps, key=lambda sweep: len(lengths(sweeps, sweep)))
     figure, (axes,) = panels(1, 3)
-    figure.suptitle(heading(sweep, "epochs"))
+    figure.suptitle(heading(sweep, "epochs").replace("\n", " "))
     draw_short_sgd(axes[0], sweeps, sweep)
     draw_stops(axes[1], sweeps, sweep)
     draw_label_fit(axes[2], [other for other in usual(sweeps) if other.noise and other.dataset == "mnist"])
@@ -1461,12 +1461,15 @@ def left_out(sweeps):
         if not longest(family):
             notes.append(f"{family[0].title()}: no run of SAM has one of SGD at its seed")
     for family in families(sweeps, *FREE["fresh"]):
+        where = f"{family[0].title(*FREE['fresh'])}, fresh"
+        unscored = []
         for network, best in zip(*tune_widths(sweeps, family[0], "fresh")):
-            where = f"{family[0].title(*FREE['fresh'])}, width {network.width}, fresh"
             if not best.scored_seeds:
-                notes.append(f"{where}: no gain, what was chosen has no three seeds beside {best.selection_seeds}")
+                unscored.append(network.width)
             for setting in best.left_out:
-                notes.append(f"{where}: too few seeds for the choice, {setting}")
+                notes.append(f"{where}, width {network.width}: too few seeds for the choice, {setting}")
+        if unscored:
+            notes.append(f"{where}: no gain at {', '.join(unscored)}, no three seeds beside those that chose")
     return notes
 
 

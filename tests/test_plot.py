@@ -331,7 +331,7 @@ def test_what_is_chosen_is_told_before_three_seeds_can_be_scored(tmp_path):
     found = numbers(tmp_path, fresh_runs([5, 6]))
     key = f"{MNIST}, 100 held out", "300-100", "", "fresh"
     assert found[(*key, "lr of SGD")][0] == 0.3 and (*key, "gain") not in found
-    assert "width 300-100, fresh: no gain, what was chosen has no three seeds beside [0, 1]" in start(tmp_path).stdout
+    assert "fresh: no gain at 300-100, no three seeds beside those that chose" in start(tmp_path).stdout
 
 
 def test_a_setting_that_lacks_a_seed_is_no_candidate_and_is_named(tmp_path):

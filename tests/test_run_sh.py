@@ -268,7 +268,7 @@ def plain(value):
 def test_no_shipped_result_is_without_its_command_and_the_readme_counts_them():
     always = {"hidden", "filters", "noise", "sparsity", "pruner", "seed"}  # a command names them at their defaults too
     elsewhere = {"results", "device", "workers", "milestones", "script", "processes"}
-    found = runs(listed("overnight"))
+    found = runs(listed("overnight", CIFAR10="data/cifar10-jpeg"))
     commands = set()
     for script, *parts in found:
         flags = dict(part.replace("-", "_", part.split("=")[0].count("-")).split("=", 1) for part in parts)
