@@ -142,10 +142,8 @@ def train(config):
     kernels = [w for w in model.parameters() if w.ndim > 1]
     masks = dict(zip(kernels, prune(model, kernels, data, config)))
     tell_of_empty_layers(model, masks, config)
-    num_nonzero = sum(p.numel() for p in model.parameters())
     for w, mask in masks.items():
         mask_weight(w, mask.to(w))
-        num_nonzero -= int((~mask).sum())
 
     optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
     sam = SAM(optimizer, config.rho, config.adaptive) if config.sam else None
@@ -182,6 +180,9 @@ def train(config):
         row.update(evaluate(model, loss_fn, data.val, "val"))
         recorder.end_epoch(row)
 
+    num_nonzero = sum(p.numel() for p in model.parameters())
+    for mask in masks.values():
+        num_nonzero -= int((~mask).sum())
     directions = [masks.get(p, torch.ones_like(p)) for p in model.parameters()]  # in which --sharpness looks
     recorder.finish(masks=directions, num_nonzero=num_nonzero)
 

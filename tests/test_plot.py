@@ -338,7 +338,7 @@ def test_a_setting_that_lacks_a_seed_is_no_candidate_and_is_named(tmp_path):
     stray = run(acc=0.99, val=0.99, seed=0, lr=0.7)  # would be best, on the one seed it has
     found = numbers(tmp_path, [*fresh_runs([5, 6, 7]), stray])
     assert found[f"{MNIST}, 100 held out", "300-100", "", "fresh", "lr of SGD"][0] == 0.3
-    assert "width 300-100, fresh: too few seeds for the choice, ('SGD', 2, 0.0, 0.7, 0.0001)" in start(tmp_path).stdout
+    assert "fresh, width 300-100: too few seeds for the choice, ('SGD', 2, 0.0, 0.7, 0.0001)" in start(tmp_path).stdout
 
 
 # What makes a sweep
