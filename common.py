@@ -1096,7 +1096,8 @@ class Recorder:
             self.printed = now
 
         due = now - self.saved >= max(1, 50 * self.save_cost)  # at most 2% of the time goes into checkpoints
-        if is_main() and (due or (self.config.sharpness and not left)):
+        more_to_come = self.config.sharpness or self.config.save  # after the last epoch, which may fail
+        if is_main() and (due or (more_to_come and not left)):
             self.save()
         self.epoch_began = time.perf_counter()
 
@@ -1200,11 +1201,15 @@ def unfinished(configs):
 def warn_about_precision(configs):
     """Says once where rounding hides what SAM adds, g(w + e) - g(w)."""
     for config in configs:
-        if config.sam and not config.adaptive and config.amp and 0 < config.rho < 0.05:
+        if not config.sam or config.adaptive or config.rho == 0:
+            continue
+
+        if config.amp and config.rho < 0.05:
             tell(f"--amp: bfloat16 blurs SAM's correction at --rho {config.rho}; it is for 0.05 and more")
             return
+
         tf32 = "cuda" in config.device and not config.fp32
-        if config.sam and not config.adaptive and tf32 and 0 < config.rho < 0.01:
+        if tf32 and config.rho < 0.01:
             tell(f"TF32 blurs SAM's correction at --rho {config.rho}; give --fp32 below 0.01")
             return
 

@@ -656,3 +656,22 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(mlp_width, "train", lambda config: [].pop())
     with pytest.raises(IndexError):  # a bug is not called something else
         call_main(mlp_width, tmp_path, *SMALL, "--hidden", 9)
+
+
+def test_weights_that_cannot_be_written_lose_no_training(tmp_path):
+    command = f"mlp_width.py {DATA} --hidden 9 --epochs 2 --save"
+    name = "mnist_mlp9_sgd_seed0_epochs=2"
+    run(command, tmp_path / "probe")
+    (weights,) = (tmp_path / "probe").rglob("*.pt")
+    assert name in weights.name
+
+    in_the_way = tmp_path / "results" / weights.relative_to(tmp_path / "probe")
+    in_the_way.mkdir(parents=True)
+    run(command, tmp_path / "results", status=2, lines=1)
+    checkpoint = torch.load(in_the_way.with_suffix(".ckpt"), weights_only=True)
+    assert len(checkpoint["history"]) == 2  # so that the same command trains nothing again
+
+    in_the_way.rmdir()
+    run(command, tmp_path / "results")
+    result = strict(in_the_way.with_suffix(".json"))
+    assert result["history"] == checkpoint["history"] and in_the_way.is_file()
