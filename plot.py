@@ -28,10 +28,15 @@ A sweep is a set of runs that differ in width, optimizer, rho and seed alone; it
 MLP 3:1 are two hidden layers, the first three times as wide as the second, such as 300-100.
 A score is larger where it is better: test accuracy in per cent, or minus the test loss where targets are numbers.
 A gain is SAM's score minus SGD's at the same seed. A slope is per tenfold parameters, in a sweep by depth per layer.
-An interval is 95%, by Student's t over seeds. rho is chosen for each width, on held-out data where there are some, by
-the score where the rule stops: last, the last epoch; held-out, each run's best held-out epoch; paper, its best test
-epoch, and rho by test data, too; tuned, held-out with the number of epochs that is best for each; fresh, the same with
-the rate and decay that are best for each, chosen on some seeds and scored on others.
+An interval is 95%, by Student's t over seeds.
+
+A rule says at which epoch a run stops, to be scored on test data and, on held-out data, if there are any, to choose
+rho for each width:
+- last: the last epoch
+- held-out: each run's best held-out epoch, the first of equals
+- paper: each run's best test epoch; here rho, too, is chosen on test data
+- tuned: as held-out, with the number of epochs that is best for each optimizer and width
+- fresh: as tuned, with the rate and decay that are best, too; chosen on some seeds and scored on others
 """
 
 # ======================================================================================================================
@@ -91,7 +96,10 @@ class Run:
             raise ValueError("has no hidden, no filters and no width")
 
     def set_settings(self, config, defaults, own):
-        """Data set, noise and pruner, and every other flag that is not at its default; not a script's own for width."""
+        """Data set, noise and pruner, and every other flag that is not at its default.
+
+        own: of a script of one's own, in which the flag whose value is the width is no setting.
+        """
         self.settings = {
             "dataset": os.path.normpath(config["dataset"]),
             "noise": float(config.get("noise") or 0),
@@ -768,6 +776,9 @@ def add_label_fit(table, sweeps, title):
     if np.ptp(width) > 0:
         _, r2 = straight_line(width, y)
         table.add(title, "last", "R^2 of the gain and the logarithm of the parameters", (r2, len(x)))
+        both = np.column_stack([x, width, np.ones(len(x))])
+        residual = y - both @ np.linalg.lstsq(both, y)[0]
+        table.add(title, "last", "R^2 of the gain and both", (1 - np.var(residual) / np.var(y), len(x)))
 
 
 # ======================================================================================================================
@@ -846,7 +857,8 @@ def draw_line(ax, x, values, label, color, style="-"):
 
 
 def draw_gains(ax, sweep, rule, label="gain", color=SAM, style="-"):
-    """SAM's gain by width, where the stopping rule says; "held-out" needs a sweep that has it in its `rules`."""
+    """SAM's gain by width, where the stopping rule says."""
+    need(rule in sweep.rules, f"--val-size for {sweep.title()}")
     draw_line(ax, sweep.positions, sweep.gains(rule), label, color, style)
     ax.axhline(0, color="black", linewidth=0.6)
     ax.set_ylabel(GAIN[sweep.metric])
@@ -855,6 +867,7 @@ def draw_gains(ax, sweep, rule, label="gain", color=SAM, style="-"):
 
 def draw_scores(ax, sweep, rule):
     """SGD's and SAM's scores by width, where the stopping rule says."""
+    need(rule in sweep.rules, f"--val-size for {sweep.title()}")
     for optimizer, color in BOTH.items():
         draw_line(ax, sweep.positions, sweep.scores(optimizer, rule), optimizer, color)
     ax.set_ylabel(SCORE[sweep.metric])
@@ -954,14 +967,17 @@ def front(sweeps):
     draw_short_sgd(axes[0], sweeps, sweep)
     draw_stops(axes[1], sweeps, sweep)
     draw_label_fit(axes[2], [other for other in usual(sweeps) if other.noise and other.dataset == "mnist"])
-    axes[0].set_title("test accuracy (%)")
-    axes[1].set_title("gain of SAM over SGD (points)")
-    axes[2].set_title("gain after the last epoch (points)")
+    axes[0].set_title("Long and short training")
+    axes[0].set_ylabel("test accuracy (%)")
+    axes[1].set_title("Gain, by when training stops")
+    axes[1].set_ylabel("SAM's gain (points)")
+    axes[2].set_title("Gain, by fit to wrong labels")
+    axes[2].set_ylabel("gain, last epoch (points)")
     return figure, []
 
 
 def lengths(sweeps, sweep):
-    """The sweeps of SGD that differ from this one in the number of epochs alone."""
+    """This sweep, and those that differ from it in the number of epochs alone, of SGD alone or with SAM."""
     return [other for other in sweeps if other.without("epochs") == sweep.without("epochs")]
 
 
@@ -1252,7 +1268,7 @@ def sparsity(sweeps):
 
 def regularization(sweeps):
     """SAM's gain after the last epoch by width, with the default weight decay and without any. Clean labels."""
-    pairs = []
+    pairs = []  # of sweeps: without and with decay, whose settings are the same but for it (defaults are not in them)
     for sweep in sweeps:
         if sweep.paired and sweep.settings.get("weight_decay") == 0 and not sweep.noise:
             default = [other for other in sweeps if other.settings == sweep.without("weight_decay")]

@@ -203,9 +203,10 @@ overnight() { # in rows, since the last may not be reached
     lines label_noise.py --hidden 150-50 --noise 0.5 --epochs 24 $some $fresh --sam --rho 0.2
     lines label_noise.py --hidden 75-25 --noise 0.5 --epochs 24 $some $fresh --sam --rho 0.1
 
-    # 11. Other widths
+    # 11. Other widths; two lower radii for 30-10, which learns nothing at 0.2 and 0.3
     lines label_noise.py --hidden "3000-1000 30-10" --noise 0.5 --epochs 12 $some $three
     both "0.2 0.3" label_noise.py --hidden "3000-1000 30-10" --noise 0.5 --epochs "24 60" $some $three
+    lines label_noise.py --hidden 30-10 --noise 0.5 --epochs "24 60" $some $three --sam --rho "0.05 0.1"
 
     # 12. All 55,000 images
     lines label_noise.py --hidden "1200-400 300-100 75-25" --noise 0.5 --epochs "12 24" $all $three
