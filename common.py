@@ -278,8 +278,8 @@ TORCHVISION = {  # a data set's name on the command line, and torchvision's clas
     "svhn": "SVHN",
 }
 
-# train, val, test: a Split each; shape: of one input; outputs: the network's; augment: whether to crop and flip;
-# loss_fn: of (B, outputs) and the targets of a batch, the mean over it
+# train, val, test: a Split each; shape: of one input; outputs: how many the network has, one a class where targets are
+# labels; augment: whether to crop and flip; loss_fn: of (B, outputs) and the targets of a batch, the mean over it
 Data = namedtuple("Data", "train val test shape outputs augment loss_fn")
 
 
@@ -287,7 +287,8 @@ class Split(namedtuple("Split", "inputs targets")):
     """inputs: (N, C, H, W) uint8 images, or floats, which the model gets as they are; targets: (N,) int64 or (N, D)."""
 
     def select(self, indices, seed=None):
-        """Yields the inputs of each tensor of indices. seed, (seed, epoch) in training: for inputs that augment."""
+        """Yields the inputs of each tensor of indices. seed, (seed, epoch) in training, is for resnet_width.py's
+        Files, which augment by themselves."""
         for index in indices:
             yield self.inputs.index_select(0, index)  # 15 times as fast as [] on a CPU
 
@@ -582,7 +583,8 @@ class Scores:
         self.kept = []
 
     def means(self, *names):
-        """{name: mean}, the loss first, over all processes; accuracies only where targets are labels."""
+        """{name: mean} over all processes: first the loss's name, then one for the accuracy on each of the targets that
+        were added; no accuracies where targets are numbers."""
         if self.kept:
             self.reduce()
         if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Does SAM's gain over SGD grow far more under label noise? The paper's Figure 5a.
+"""Does SAM's gain over SGD grow with width far more where labels are noisy? The paper's Figure 5a.
 
     python label_noise.py --hidden 75-25 300-100 1200-400 --noise 0.25 0.5 0.75 --val-size 5000 --seed 0 1 2
     python label_noise.py --hidden 75-25 300-100 1200-400 --noise 0.25 0.5 0.75 --val-size 5000 --seed 0 1 2 \\
@@ -9,8 +9,8 @@ Of the training labels, a fraction becomes another class, any of them equally li
 labels stay clean. The result file has two training accuracies: train_acc on the labels trained on, flipped or not, and
 train_clean_acc on the original ones. A run takes as long as a clean one of mlp_width.py or resnet_width.py.
 
-The gain after the last epoch, tens of points, is mostly SGD fitting the flipped labels: SGD trained for 12 epochs in
-place of 100 (--epochs 12) does not, and comes close to SAM.
+The gain after the last epoch, tens of points, is mostly SGD fitting the flipped labels. Trained for 12 epochs in place
+of 100 (--epochs 12), SGD does not fit them, and comes close to SAM.
 """
 
 import math
@@ -62,7 +62,7 @@ def flip_labels(labels, noise, classes, seed):
 
     The images of a lower noise rate are among those of a higher one.
     """
-    rng = np.random.default_rng((seed, 0))  # the data order's is (seed, epoch), and epochs count from 1
+    rng = np.random.default_rng((seed, 0))  # data order draws from (seed, epoch), epochs from 1, so from other numbers
     chosen = rng.permutation(len(labels))[: round(noise * len(labels))]
 
     shifts = np.zeros(len(labels), dtype=np.int64)
@@ -87,14 +87,14 @@ def last_layer_share(model):
     """The last layer's share of |g|^2, a tensor, 0 where g is 0."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(grads)) ** 2
-    last = squares[-len(last_layer(model)) :]  # parameters() lists the last module's last
+    last = squares[-len(last_layer(model)) :]  # parameters() goes from module to module, so the last layer's end it
     return last.sum() / squares.sum().clamp(min=1e-38)  # no division by 0
 
 
 def choose_perturbation(model, perturb, seed, step):
     """Changes the gradients that SAM's perturbation is made of, as --perturb says; it always has the norm rho."""
     if perturb == "random":
-        key = np.random.SeedSequence((seed, step, 1)).generate_state(1)  # apart from (seed, epoch)
+        key = np.random.SeedSequence((seed, step, 1)).generate_state(1)  # other numbers than flips and data order draw
         rng = torch.Generator(next(model.parameters()).device).manual_seed(int(key[0]))
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=rng, device=p.device)
@@ -116,7 +116,8 @@ def train(config):
     data = load_data(config)
     loss_fn = data.loss_fn
     clean = data.train.targets
-    noisy = flip_labels(clean, config.noise, data.outputs, config.seed)  # an output a class
+    classes = data.outputs
+    noisy = flip_labels(clean, config.noise, classes, config.seed)
 
     model = build_model(config, data)
     optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
@@ -152,7 +153,7 @@ def train(config):
             scores.add(outputs, y, clean_y)
 
         row = {"epoch": epoch, "lr": lr}
-        row.update(scores.means("train_loss", "train_acc", "train_clean_acc"))  # of y, y, clean_y
+        row.update(scores.means("train_loss", "train_acc", "train_clean_acc"))  # on y, on y, on clean_y
         row.update(evaluate(model, loss_fn, data.test, "test"))
         row.update(evaluate(model, loss_fn, data.val, "val"))
         if sam:
@@ -163,7 +164,9 @@ def train(config):
 
 
 if __name__ == "__main__":
-    parser = flags(__doc__, "hidden", "filters")  # a flag that you add gets into the runs' names by itself
+    # A flag of your own needs no more than a line here: it is in a run's name where it is not at its default, and the
+    # results from before it existed count as runs with the default.
+    parser = flags(__doc__, "hidden", "filters")
     fraction = bounded_number(float, 0, 1, closed=True)
     text = "fraction of the training labels replaced (default: 0.5)"
     parser.add_argument("--noise", type=fraction, nargs="+", default=[0.5], metavar="P", help=text)

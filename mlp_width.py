@@ -177,4 +177,5 @@ def train(config):
 
 
 if __name__ == "__main__":
-    main(flags(__doc__, "hidden"), train, lambda args: SETTINGS.get(args.dataset, MNIST))
+    parser = flags(__doc__, "hidden")
+    main(parser, train, lambda args: SETTINGS.get(args.dataset, MNIST))

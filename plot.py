@@ -30,8 +30,8 @@ A score is larger where it is better: test accuracy in per cent, or minus the te
 A gain is SAM's score minus SGD's at the same seed. A slope is per tenfold parameters, in a sweep by depth per layer.
 An interval is 95%, by Student's t over seeds.
 
-A rule says at which epoch a run stops, to be scored on test data and, on held-out data, if there are any, to choose
-rho for each width:
+A rule says at which epoch a run stops. There its test score is taken, and there rho is chosen for each width: by the
+score on held-out data, where there are some, of equals the smallest.
 - last: the last epoch
 - held-out: each run's best held-out epoch, the first of equals
 - paper: each run's best test epoch; here rho, too, is chosen on test data
@@ -49,7 +49,7 @@ NOT_SETTINGS |= {"device", "workers", "results", "force", "save"}
 PATHS = {"dataset", "data_dir"}  # of which ./data/mini and data/mini are one
 TRAINING = {"lr", "weight_decay", "momentum", "schedule", "warmup", "loss"}
 UNITS = {"epochs": "epochs", "train_size": "images", "val_size": "held out"}  # what titles call them
-COMMON = {*TRAINING, *UNITS, "batch_size", "processes"}  # a width of 128 is not the batches' size
+COMMON = {*TRAINING, *UNITS, "batch_size", "processes"}  # settings always, whatever a script's own width is
 
 
 class Run:
@@ -191,7 +191,7 @@ def read_runs(folder):
 
 
 def choose_file(one, other):
-    """Of two files of one run the one that says more."""
+    """Of two files of one run the one that measured its sharpness on more images."""
     losses = [run.history.get("test_loss", ()) for run in (one, other)]
     if one.status != other.status or not np.array_equal(*losses, equal_nan=True):
         fail(f"{one.path} and {other.path} are different results of the same run; remove one of them")
@@ -236,22 +236,21 @@ def difference(values, others):
 
 
 def common_seeds(points):
-    """Of points (x, {seed: value}), the seeds of a trend: those that three or more share over the most x."""
+    """The seeds of a trend over points (x, {seed: value}): three or more that the most x share; else two, or one."""
     count = Counter()
     for _, values in points:
         count.update(values.keys())
     ranked = sorted(count, key=lambda seed: (-count[seed], seed))
-    best = []
-    most = 1
-    for n in [*range(len(ranked), 2, -1), 2, 1]:
-        if n < 3 and best:
-            break
-        seeds = ranked[:n]
-        shared = {x for x, values in points if values.keys() >= set(seeds)}
-        if len(shared) > most:
-            best = seeds
-            most = len(shared)
-    return best
+
+    def places(seeds):
+        return {x for x, values in points if values.keys() >= set(seeds)}
+
+    for sizes in (range(len(ranked), 2, -1), (2, 1)):
+        choices = [ranked[:n] for n in sizes]
+        best = max(choices, key=lambda seeds: len(places(seeds)), default=[])  # of equals the first: the most seeds
+        if len(places(best)) > 1:
+            return best
+    return []
 
 
 def trend(points):
@@ -364,7 +363,9 @@ def comparable(settings):
 
 
 def best_rho(networks, rule):
-    """The rho that is best in the mean over the networks and the seeds that their radii share; None: none is in all."""
+    """The rho that is best in the mean over the networks and the seeds that their radii share, of equals the smallest;
+    None where no rho is in all networks.
+    """
     means = {}
     for rho in networks[0].radii:
         scores = []
@@ -466,15 +467,18 @@ def build_sweeps(runs):
 
 
 def drop_single(sweeps):
-    """Without the sweeps of equal layers that have one network, where it has company in another sweep."""
+    """A network of equal layers is in two sweeps, by width and by depth. Where it is alone in one of them, that one is
+    left out: by depth always, by width if by depth there are others beside it.
+    """
     deep = set()
     for sweep in sweeps:
         if sweep.by_depth and len(sweep.networks) > 1:
             deep.update(sweep.networks)
     kept = []
     for sweep in sweeps:
-        single = len(sweep.networks) == 1
-        if not (single and (sweep.by_depth or deep.issuperset(sweep.networks))):
+        alone = len(sweep.networks) == 1
+        shown_by_depth = deep.issuperset(sweep.networks)
+        if not (alone and (sweep.by_depth or shown_by_depth)):
             kept.append(sweep)
     return kept
 
@@ -944,7 +948,7 @@ def label_lines(ax):
 
 # ======================================================================================================================
 # The figures. Each takes all sweeps and returns the picture, and the sweeps whose numbers stand below it in summary.md:
-# none where an earlier figure has them. Lines that have a label get it beside their last point. `depth` is a short one.
+# none where an earlier figure has them. Lines that have a label get it beside their last point. A short example: depth.
 # ======================================================================================================================
 
 

@@ -253,7 +253,10 @@ def train(config):
     sam = SAM(optimizer, config.rho, config.adaptive) if config.sam else None
     recorder = Recorder(config, data, model, optimizer)
     steps_per_epoch = math.ceil(len(data.train.targets) / config.batch_size)
-    at_once = math.ceil(config.batch_size / config.processes) if config.image_size else 1000  # in evaluation
+
+    at_once = 1000  # images, in evaluation
+    if config.image_size:
+        at_once = math.ceil(config.batch_size / config.processes)
 
     for epoch in recorder.epochs():
         model.train()

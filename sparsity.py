@@ -66,7 +66,7 @@ def keep_highest(scores, count):
 
 def random_masks(kernels, sparsity, seed):
     """An equal share of each layer, chosen uniformly."""
-    rng = np.random.default_rng((seed, 0))  # the data order's is (seed, epoch), and epochs count from 1
+    rng = np.random.default_rng((seed, 0))  # data order draws from (seed, epoch), epochs from 1, so from other numbers
     masks = []
 
     for w in kernels:
