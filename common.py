@@ -867,7 +867,7 @@ def run_name(config):
         parts.append("sgd")  # without SAM; another base optimizer's flag is named below, where not at its default
     parts.append(f"seed{config.seed}")
 
-    if "perturb" in config and config.perturb != "all":
+    if "perturb" in config and config.perturb != "all":  # here, and not in the loop, since shipped files have it here
         parts.append(f"perturb={config.perturb}")
 
     for flag, value in vars(config).items():

@@ -60,7 +60,7 @@ CIFAR10 = {  # --filters
 def flip_labels(labels, noise, classes, seed):
     """A copy of labels (N,) in which exactly round(noise N) have become another class; which ones depends on the seed.
 
-    The images of a lower noise rate are among those of a higher one.
+    The images whose labels a lower noise rate flips are among those of a higher one.
     """
     rng = np.random.default_rng((seed, 0))  # data order draws from (seed, epoch), epochs from 1, so from other numbers
     chosen = rng.permutation(len(labels))[: round(noise * len(labels))]
@@ -87,7 +87,7 @@ def last_layer_share(model):
     """The last layer's share of |g|^2, a tensor, 0 where g is 0."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(grads)) ** 2
-    last = squares[-len(last_layer(model)) :]  # parameters() goes from module to module, so the last layer's end it
+    last = squares[-len(last_layer(model)) :]  # parameters() goes from module to module
     return last.sum() / squares.sum().clamp(min=1e-38)  # no division by 0
 
 
