@@ -164,6 +164,7 @@ def test_training_crops_have_the_stated_areas_and_shapes_and_half_are_flipped(tm
         Image.fromarray(ramp).save(tmp_path / name / "0.png")
     data, _ = data_of(tmp_path, tmp_path, "--val-size", 0)
     images = torch.cat([x for epoch in range(100) for x in data.train.select([torch.arange(2)], (0, epoch))])
+    assert not torch.equal(images[0], images[1])  # one picture, but two indices
     pixels = 255 * (images * 0.2265 + 0.4705)  # red's and green's statistics, nearly
     widths = (pixels[:, 0, 16, -3] - pixels[:, 0, 16, 2]) / 27
     heights = (pixels[:, 1, -3, 16] - pixels[:, 1, 2, 16]) / 27
