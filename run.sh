@@ -46,11 +46,13 @@ teacher_rhos=${RHOS-0.001 0.01 0.05 0.07 0.1 0.2 0.3 0.5 0.7 1 2}
 # ---- The commands ---------------------------------------------------------------------------------------------------
 # A list in quotes becomes a line for each of its words: --rho "0.1 0.2" makes two lines. Without quotes it stays one
 # line with several values, which --rho, --seed, --hidden, --filters, --noise and --sparsity take. The width comes first.
-# A flag that is new here belongs into the refusal of FLAGS at the end, too.
+# A flag that a line of the full run sets belongs into the refusal of FLAGS at the end, too.
+
+always= # what every line ends with; set by commands() below
 
 lines() { split python "$@" $always; }
 
-split() { # split LINE WORDS...: prints LINE with every combination of a word of each WORDS
+split() { # split a "b c" "d e" prints the lines a b d, a b e, a c d and a c e
     local word
     if [ $# = 1 ]; then
         echo "$1"
@@ -81,8 +83,7 @@ imagenet() { # a run takes days: a line for each seed
 
 full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them from there
     local mnist="--val-size 5000 --seed $SEEDS"
-    local cifar="--val-size 5000 ${CIFAR10:+--dataset $CIFAR10} --seed $SEEDS"
-    local cifar_each=(--val-size 5000 ${CIFAR10:+--dataset $CIFAR10} --seed "$SEEDS") # a line for each seed
+    local cifar="--val-size 5000 ${CIFAR10:+--dataset $CIFAR10}" seeds="--seed $SEEDS"
 
     # The gain and the best rho by width and by depth; SGD of twice the epochs: as many gradients as SAM takes
     both "$mnist_rhos" mlp_width.py --hidden "$HIDDEN" --sharpness 100 $mnist
@@ -90,22 +91,22 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
     both "$teacher_rhos" mlp_width.py --hidden "$teacher" --dataset teacher --val-size 2000 --seed $SEEDS
     lines mlp_width.py --hidden "$HIDDEN" --epochs 200 $mnist
     for filters in $FILTERS; do
-        local more=($cifar)
-        [ "$filters" -lt 128 ] || more=("${cifar_each[@]}") # a run takes hours
-        both "$cifar_rhos" resnet_width.py --filters $filters "${more[@]}"
-        both "$cifar_rhos" resnet_width.py --filters $filters --weight-decay 0 "${more[@]}"
-        lines resnet_width.py --filters $filters --epochs 400 "${more[@]}"
+        local resnet=(resnet_width.py --filters $filters $cifar $seeds)
+        [ "$filters" -lt 128 ] || resnet=(resnet_width.py --filters $filters $cifar --seed "$SEEDS") # a line a seed
+        both "$cifar_rhos" "${resnet[@]}"
+        both "$cifar_rhos" "${resnet[@]}" --weight-decay 0
+        lines "${resnet[@]}" --epochs 400
     done
 
     # Flipped labels; also SGD of fewer epochs, which fits fewer of them, and SAM that perturbs a part of the weights
     for noise in $NOISES; do
         both "$mnist_rhos" label_noise.py --hidden "$HIDDEN" --noise $noise $mnist
-        both "$cifar_rhos" label_noise.py --filters "$noise_filters" --noise $noise $cifar
+        both "$cifar_rhos" label_noise.py --filters "$noise_filters" --noise $noise $cifar $seeds
         lines label_noise.py --hidden "$HIDDEN" --noise $noise --epochs "12 25 50" $mnist
-        lines label_noise.py --filters "$noise_filters" --noise $noise --epochs "24 50 100" $cifar
+        lines label_noise.py --filters "$noise_filters" --noise $noise --epochs "24 50 100" $cifar $seeds
         [ "$noise" = 0.5 ] || continue
         lines label_noise.py --hidden "$HIDDEN" --noise 0.5 $mnist --perturb "$perturbs" --sam --rho "$mnist_rhos"
-        lines label_noise.py --filters "$noise_filters" --noise 0.5 $cifar --perturb "$perturbs" \
+        lines label_noise.py --filters "$noise_filters" --noise 0.5 $cifar $seeds --perturb "$perturbs" \
             --sam --rho "$cifar_rhos"
     done
 
@@ -114,7 +115,7 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
         both "$mnist_rhos" sparsity.py --hidden ${item%:*} --sparsity ${item#*:} --pruner "random snip" $mnist
     done
     for item in $pruned_filters; do
-        both "$cifar_rhos" sparsity.py --filters ${item%:*} --sparsity ${item#*:} --pruner "random snip" $cifar
+        both "$cifar_rhos" sparsity.py --filters ${item%:*} --sparsity ${item#*:} --pruner "random snip" $cifar $seeds
     done
 
     # Functions fitted to 12 points; curvature; the training loss by epoch
@@ -122,7 +123,7 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
     both "${RHOS-0.01 0.02 0.05 0.1 0.2}" mlp_width.py --hidden "$sharpness" --loss mse --schedule constant \
         --momentum 0 --weight-decay 0 --sharpness 1000 $mnist
     both "${RHOS-0.05}" mlp_width.py --hidden "$convergence" --schedule constant --epochs 20 $mnist
-    both "${RHOS-0.05}" resnet_width.py --filters "$convergence_filters" --schedule constant --epochs 75 $cifar
+    both "${RHOS-0.05}" resnet_width.py --filters "$convergence_filters" --schedule constant --epochs 75 $cifar $seeds
 }
 
 overnight() { # in rows, since the last may not be reached
@@ -254,7 +255,7 @@ quick() { # small networks share a line, since starting one takes seconds, too; 
 }
 
 commands() { # commands full|quick|overnight
-    local always="--results results/$1"
+    always="--results results/$1"
     case $1 in
         quick) quick | widest_first ;;
         overnight) overnight ;;
