@@ -1219,8 +1219,8 @@ def warn_about_precision(configs):
 def main(parser, train, settings_of):
     """Calls train(config) for each run asked for that has no result.
 
-    settings_of: a function of the parsed flags, None where unset, that returns the workload's {flag: default}; it sees a
-    script's own flags, too.
+    settings_of: a function of the parsed flags, None where unset and a script's own among them, that returns the
+    workload's {flag: default}.
     """
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
