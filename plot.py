@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from matplotlib.ticker import FixedLocator  # noqa: E402
 
 DEFINITIONS = """\
-A sweep is a set of runs that differ in width, optimizer, rho and seed alone; its title prints the other settings.
+A sweep is a set of runs that differ in width, SGD or SAM, rho and seed alone; its title prints the other settings.
 MLP 3:1 are two hidden layers, the first three times as wide as the second, such as 300-100.
 A score is larger where it is better: test accuracy in per cent, or minus the test loss where targets are numbers.
 A gain is SAM's score minus SGD's at the same seed. A slope is per tenfold parameters, in a sweep by depth per layer.
@@ -378,7 +378,7 @@ def best_rho(networks, rule):
 
 
 class Sweep:
-    """Runs that differ in width (or depth, or sparsity), optimizer, rho and seed alone."""
+    """Runs that differ in width (or depth, or sparsity), SGD or SAM, rho and seed alone."""
 
     def __init__(self, settings):
         self.settings = settings
@@ -900,7 +900,8 @@ def width_axis(ax, sweep):
     if not sweep.by_depth:
         ax.set_xscale("log")
     if len(sweep.positions) < 8:
-        ax.set_xticks(sweep.positions, [short(place) for place in sweep.positions])
+        turned = 45 if len(sweep.positions) > 5 else 0
+        ax.set_xticks(sweep.positions, [short(place) for place in sweep.positions], rotation=turned)
         ax.minorticks_off()
 
 

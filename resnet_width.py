@@ -99,7 +99,11 @@ def ResNet50(filters=64, channels=3, classes=1000):
 
 
 class Decoder:
-    """Reads, crops and, if seeded, augments a batch of images, in a DataLoader's worker: (B, 3, size, size) uint8."""
+    """Reads, crops and, if seeded, augments a batch of images, in a DataLoader's worker: (B, 3, size, size) uint8.
+
+    A data set whose index is a whole batch, (paths, indices, seed), since the loader has batch_size=None; seed: the
+    run's and the epoch, (seed, epoch), or None.
+    """
 
     def __init__(self, size):
         from torchvision.transforms import v2  # here, since it takes a while
@@ -213,7 +217,10 @@ def start_processes():
 
 
 def average_gradients(model, size):
-    """Makes each gradient its mean over the batch, of which this process had `size` images."""
+    """Makes each gradient its mean over the batch, of which this process had `size` images.
+
+    A 1 goes along with the gradients, which the sum turns into the number of images in the batch.
+    """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads] + [grads[0].new_ones(1)])
     flat *= size
