@@ -439,8 +439,10 @@ class Sweep:
         return [network.final_values(optimizer, name) for network in self.paired]
 
     def of_as_many_weights(self, network):
-        """The network of this sweep that has as many weights as the other one; where that is pruned, as many as are left
-        in it, within 5%. None where there is none."""
+        """The network of this sweep that has as many weights as another one, or None.
+
+        Where the other one is pruned: as many as are left in it, within 5%.
+        """
         slack = 0.05 if network.nonzero < network.params else 0
         near = [other for other in self.paired if abs(network.nonzero / other.nonzero - 1) <= slack]
         return min(near, key=lambda other: abs(other.nonzero - network.nonzero), default=None)
