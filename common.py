@@ -1150,7 +1150,7 @@ class Recorder:
         print(f"{self.status}: {self.config.name}: {outcome}, {seconds:.0f} s", flush=True)
 
     def measure_sharpness(self, targets, masks):
-        """`sharpness` on the run's first training images, in float32 and without torch.compile."""
+        """`sharpness` on the run's first training images, in float32, and without torch.compile, which copies lack."""
         train = self.data.train
         targets = train.targets if targets is None else targets
         first = torch.arange(self.config.sharpness, device=targets.device)
@@ -1158,7 +1158,6 @@ class Recorder:
         torch.backends.cuda.matmul.allow_tf32 = False  # the next run sets them anew
         torch.backends.cudnn.allow_tf32 = False
         vars(self.model).pop("forward", None)  # without --amp
-        self.model._compiled_call_impl = None  # second derivatives fail under torch.compile, or are wrong
 
         images = normalize(*train.select([first]))
         numbers = sharpness(self.model, self.data.loss_fn, images, targets[first], masks)
