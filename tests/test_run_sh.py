@@ -240,7 +240,7 @@ def test_overnight_is_rows_in_their_order():
     assert sizes[8] == 3 * 3
     assert sizes[9] == 4 * 5 * (2 * 3 * 4 + 2 * (2 + 2) + 2 * 2 * (2 + 2))
     assert sizes[10] >= 4 * (10 + 10 + 5)
-    assert sizes[11] == 2 * 3 * (3 + 2 * 2)
+    assert sizes[11] == 2 * 3 * (3 + 2 * 2) + 3 * 2 * 2
     assert sizes[12] == 3 * 3 * (3 + 2)
     assert sizes[13] == 4 * 3 * 2 * (3 + 2 * 4)
     assert (sizes[14], sizes[15], sizes[16]) == (6, 6, 2)
