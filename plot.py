@@ -248,7 +248,7 @@ def common_seeds(points):
     for sizes in (range(len(ranked), 2, -1), (2, 1)):
         choices = [ranked[:n] for n in sizes]
         best = max(choices, key=lambda seeds: len(places(seeds)), default=[])  # of equals the first: the most seeds
-        if len(places(best)) > 1:
+        if best and len(places(best)) > 1:
             return best
     return []
 
@@ -979,7 +979,7 @@ def front(sweeps):
     axes[0].set_ylabel("test accuracy (%)")
     axes[1].set_title("Gain, by when training stops")
     axes[1].set_ylabel("SAM's gain (points)")
-    axes[2].set_title("Gain, by fit to wrong labels")
+    axes[2].set_title("Gain, by fit to given labels")
     axes[2].set_ylabel("gain, last epoch (points)")
     return figure, []
 
