@@ -294,14 +294,32 @@ def test_nothing_is_tuned_where_sgd_has_one_number_of_epochs(tmp_path):
     assert not any(rule == "tuned" for _, _, _, rule, _ in numbers(tmp_path, pair(val=0.9)))
 
 
-def test_equal_gradients_are_sgd_of_up_to_twice_the_epochs(tmp_path):
+def test_the_gain_over_the_fit_to_the_given_labels(tmp_path):
+    """run() has a train_acc of (1 + acc) / 2, so that SGD's minus SAM's is minus half of the gain."""
+    gains = {"75-25": 0.01, "300-100": 0.04, "1200-400": 0.02}
+    runs = []
+    for hidden, gain in gains.items():
+        runs += pair(gain, hidden=hidden, script="label_noise", noise=0.5)
+    found = numbers(tmp_path, runs)
+    key = f"{MNIST}, 50% flipped", "", "", "last"
+    width = [math.log10(PARAMS[hidden]) for hidden in gains]
+    assert found[(*key, "slope of the gain over the difference of training accuracies")][0] == pytest.approx(-2)
+    assert found[(*key, "R^2 of the gain and the difference of training accuracies")][0] == pytest.approx(1)
+    r2 = np.corrcoef(width, list(gains.values()))[0, 1] ** 2
+    assert found[(*key, "R^2 of the gain and the logarithm of the parameters")][0] == pytest.approx(r2, rel=1e-5)
+    assert found[(*key, "R^2 of the gain and both")][0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("held_out", "gain"), [(0.85, 5), (0.95, 8)])  # of 4 epochs; of 2 it is 0.9
+def test_equal_gradients_are_sgd_of_up_to_twice_the_epochs(tmp_path, held_out, gain):
     runs = []
     for seed in range(3):
-        runs += [run(acc=[a] * n, val=v, seed=seed) for n, a, v in ((1, 0.80, 0.8), (2, 0.85, 0.9), (4, 0.82, 0.85))]
+        for epochs, acc, val in ((1, 0.80, 0.8), (2, 0.85, 0.9), (4, 0.82, held_out)):
+            runs.append(run(acc=[acc] * epochs, val=val, seed=seed))
         runs += [run(acc=[0.99] * 8, val=0.99, seed=seed), run(0.1, [0.9] * 2, 0.9, seed=seed)]
     found = numbers(tmp_path, runs)
     title = f"{MNIST}, 2 epochs, 100 held out"
-    assert found[title, "300-100", "", "held-out", "gain at equal gradients"][0] == pytest.approx(5)
+    assert found[title, "300-100", "", "held-out", "gain at equal gradients"][0] == pytest.approx(gain)
     assert found[title, "300-100", "", "last", "gain over SGD of twice the epochs"][0] == pytest.approx(8)
 
 
@@ -688,3 +706,12 @@ def test_the_shipped_summary_of_half_flipped_labels_recomputed():
     for hidden, values in gains.items():
         mean = np.mean(list(values.values()))
         assert found[title, hidden, "", "last", "gain"][0] == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_figure_by_a_rule_that_a_sweep_lacks_says_what_it_needs(tmp_path):
+    save(tmp_path, pair())
+    runs, _ = plot.read_runs(tmp_path / "results")
+    (sweep,) = plot.build_sweeps(runs)
+    for draw in (plot.draw_gains, plot.draw_scores):
+        with pytest.raises(plot.Missing, match=f"--val-size for {MNIST}"):
+            draw(plot.plt.figure().subplots(), sweep, "held-out")
