@@ -847,9 +847,9 @@ def panels(rows, columns, **sharing):
     return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **sharing)
 
 
-def heading(sweep, *without):
+def heading(sweep, *without, width=40):
     """A sweep's title but for what is held out, in lines that a panel has room for; no mathematics in folder names."""
-    return textwrap.fill(sweep.title("val_size", *without).replace("$", r"\$"), 40)
+    return textwrap.fill(sweep.title("val_size", *without).replace("$", r"\$"), width)
 
 
 def draw_line(ax, x, values, label, color, style="-"):
@@ -961,17 +961,17 @@ def front(sweeps):
 
     Left: test accuracy after the last epoch, of SGD and SAM at the longest training, and of SGD at the number of epochs
     that is best for it on held-out images. Middle: SAM's gain over SGD after the last epoch, where each run stops at
-    its best held-out epoch, and where SGD and SAM also have the number of epochs that is best for each; the axis is
-    linear up to 1 and logarithmic above. Right: the gain after the last epoch, by how much better SGD fits the given,
-    partly wrong training labels than SAM, at all fractions of flipped labels: a mark for each fraction, number of
-    epochs and width (the larger, the wider), also of ResNets on MNIST. SAM's radius rho is chosen for each width on
-    held-out images. Means over seeds, with 95% intervals.
+    its best held-out epoch, and where SGD and SAM also have the number of epochs that is best for each, or on other
+    seeds the rate and decay, too; the axis is linear up to 1 and logarithmic above. Right: the gain after the last
+    epoch, by how much better SGD fits the given, partly wrong training labels than SAM, at all fractions of flipped
+    labels: a mark for each fraction, number of epochs and width (the larger, the wider), also of ResNets on MNIST.
+    SAM's radius rho is chosen for each width on held-out images. Means over seeds, with 95% intervals.
     """
     mlps = [sweep for sweep in main_sweeps(sweeps) if is_mnist_mlp(sweep) and sweep.noise == 0.5]
     need(mlps, "SGD and SAM of MLPs on MNIST with half of the labels flipped")
     sweep = max(mlps, key=lambda sweep: len(lengths(sweeps, sweep)))
     figure, (axes,) = panels(1, 3)
-    figure.suptitle(heading(sweep, "epochs").replace("\n", " "))
+    figure.suptitle(heading(sweep, "epochs", width=1000))
     draw_short_sgd(axes[0], sweeps, sweep)
     draw_stops(axes[1], sweeps, sweep)
     draw_label_fit(axes[2], [other for other in usual(sweeps) if other.noise and other.dataset == "mnist"])
@@ -1044,7 +1044,8 @@ def label_noise(sweeps):
     """MNIST, a row a rate of flipped labels. Left: test accuracy after the last epoch, of SGD and SAM at the longest
     training, and of SGD at the number of epochs that is best for it on held-out data. Right: SAM's gain after the last
     epoch, at each run's best held-out epoch (held-out labels are clean), and where each also has its best number of
-    epochs; the axis is logarithmic above 1. rho is chosen for each width on held-out data."""
+    epochs, or on other seeds the best rate and decay, too; the axis is logarithmic above 1. rho is chosen for each
+    width on held-out data."""
     return noise_rows(sweeps, [sweep for sweep in main_sweeps(sweeps) if sweep.noise and is_mnist_mlp(sweep)])
 
 
