@@ -1115,8 +1115,8 @@ def gain_by_width(sweeps):
 
 def rho(sweeps):
     """Score after the last epoch by SAM's rho, a line a width, means over the seeds that all radii share; a ring marks
-    the rho that is chosen on held-out data, where three or more were tried. Above a rho: how many runs learned nothing
-    there, by width. Lines are labelled at the narrowest and the widest network."""
+    the rho that is chosen on held-out data, where three or more were tried. Above a rho: how many of its runs learned
+    nothing. Lines are labelled at the narrowest and the widest network."""
     shown = need(main_sweeps(sweeps), "SGD and SAM at the default rate, decay, schedule and loss")
     columns = min(3, len(shown))
     figure, axes = panels(math.ceil(len(shown) / columns), columns)
@@ -1148,9 +1148,10 @@ def draw_by_rho(ax, sweep, network):
 
 
 def count_collapsed(ax, place, groups):
-    counts = [sum(run.collapsed for run in runs.values()) for runs in groups]
-    if any(counts):
-        text = " ".join(map(str, counts)) + f"\nof {max(map(len, groups))}"
+    """Writes above a rho how many of its runs, {seed: run} a width, learned nothing."""
+    collapsed = [run.collapsed for runs in groups for run in runs.values()]
+    if any(collapsed):
+        text = f"{sum(collapsed)}\nof {len(collapsed)}"
         ax.text(place, 1.01, text, fontsize=6, ha="center", transform=ax.get_xaxis_transform())
 
 
@@ -1317,9 +1318,11 @@ def layers(sweeps):
             color = colors.get(part, "black")
             draw_gains(left, sweep, "last", part, color)
             draw_line(right, sweep.positions, sweep.final_values("SAM", "last_layer_share"), part, color)
+        most_widths = max(group, key=lambda sweep: len(sweep.positions))
+        width_axis(left, most_widths)
+        width_axis(right, most_widths)
         left.set_title(heading(group[0], "perturb"))
         right.set_ylabel("last layer's share (%)")
-        width_axis(right, group[0])
     return figure, parts
 
 
