@@ -44,12 +44,11 @@ score on held-out data, where there are some, of equals the smallest.
 # ======================================================================================================================
 
 # Flags that tell no sweeps apart: what varies within a sweep or is in the model's name; where and how a run happened.
-NOT_SETTINGS = {"hidden", "filters", "depth", "sparsity", "sam", "rho", "seed", "script", "sharpness"}
+NOT_SETTINGS = {"hidden", "filters", "depth", "width", "sparsity", "sam", "rho", "seed", "script", "sharpness"}
 NOT_SETTINGS |= {"device", "workers", "results", "force", "save"}
 PATHS = {"dataset", "data_dir"}  # of which ./data/mini and data/mini are one
 TRAINING = {"lr", "weight_decay", "momentum", "schedule", "warmup", "loss"}
 UNITS = {"epochs": "epochs", "train_size": "images", "val_size": "held out"}  # what titles call them
-COMMON = {*TRAINING, *UNITS, "batch_size", "processes"}  # settings always, whatever a script's own width is
 
 
 class Run:
@@ -71,7 +70,7 @@ class Run:
         self.nonzero = int(result.get("num_nonzero") or self.params)
         self.function = result.get("function")
         self.set_model(config, result.get("width"))
-        self.set_settings(config, result["defaults"], own="width" in result)
+        self.set_settings(config, result["defaults"])
         self.set_history(config, result)
 
     def set_model(self, config, own_width):
@@ -95,11 +94,8 @@ class Run:
         else:
             raise ValueError("has no hidden, no filters and no width")
 
-    def set_settings(self, config, defaults, own):
-        """Data set, noise and pruner, and every other flag that is not at its default.
-
-        own: of a script of one's own, in which the flag whose value is the width is no setting.
-        """
+    def set_settings(self, config, defaults):
+        """Data set, noise and pruner, and every other flag that is not at its default."""
         self.settings = {
             "dataset": os.path.normpath(config["dataset"]),
             "noise": float(config.get("noise") or 0),
@@ -111,8 +107,7 @@ class Run:
             if key in PATHS:
                 value = os.path.normpath(value)
                 default = os.path.normpath(str(default))
-            is_width = own and key not in COMMON and str(value) == self.width
-            if value != default and not is_width:
+            if value != default:
                 self.settings[key] = tuple(value) if isinstance(value, list) else value
         self.network = (self.params, -self.nonzero, self.width, self.sparsity)
         self.key = (frozenset(self.settings.items()), self.network, self.sam, self.rho, self.seed)
@@ -935,19 +930,22 @@ def points_axis(axis):
 
 
 def label_lines(ax):
-    """Writes each line's label beside its last point, in its colour, moved down where labels would overlap."""
+    """Writes each line's label beside its last point, in its colour; apart from each other, and above the x axis."""
     ax.autoscale_view()  # which sets the limits that the heights are in
     ends = []
     for line in ax.lines:
         if not line.get_label().startswith("_"):
             _, y = ax.transLimits.transform(ax.transScale.transform(line.get_xydata()[-1]))
             ends.append((y, line))
+    ends.sort(key=lambda end: -end[0])
+
+    heights = [0.1 * (1 + line.get_label().count("\n")) for _, line in ends]
     ceiling = 1.05
-    for y, line in sorted(ends, key=lambda end: -end[0]):
-        half = 0.05 * (1 + line.get_label().count("\n"))
-        y = min(y, ceiling - half)
-        ceiling = y - half
-        ax.text(1.02, y, line.get_label(), color=line.get_color(), va="center", transform=ax.transAxes)
+    for number, (y, line) in enumerate(ends):
+        floor = sum(heights[number + 1 :])  # room for the labels below it
+        middle = max(min(y, ceiling - heights[number] / 2), floor + heights[number] / 2)
+        ceiling = middle - heights[number] / 2
+        ax.text(1.02, middle, line.get_label(), color=line.get_color(), va="center", transform=ax.transAxes)
 
 
 # ======================================================================================================================
@@ -1046,18 +1044,20 @@ def label_noise(sweeps):
     epoch, at each run's best held-out epoch (held-out labels are clean), and where each also has its best number of
     epochs, or on other seeds the best rate and decay, too; the axis is logarithmic above 1. rho is chosen for each
     width on held-out data."""
-    return noise_rows(sweeps, [sweep for sweep in main_sweeps(sweeps) if sweep.noise and is_mnist_mlp(sweep)])
+    rows = [sweep for sweep in main_sweeps(sweeps) if sweep.noise and is_mnist_mlp(sweep)]
+    return noise_rows(sweeps, rows, sharey="col")
 
 
 def label_noise_elsewhere(sweeps):
     """Flipped labels with other data and models, drawn as in label_noise.png. Hollow marks and dotted lines: fewer than
     three seeds, so no interval."""
-    return noise_rows(sweeps, [sweep for sweep in main_sweeps(sweeps) if sweep.noise and not is_mnist_mlp(sweep)])
+    rows = [sweep for sweep in main_sweeps(sweeps) if sweep.noise and not is_mnist_mlp(sweep)]
+    return noise_rows(sweeps, rows, sharey=False)
 
 
-def noise_rows(sweeps, rows):
+def noise_rows(sweeps, rows, sharey):
     need(rows, "SGD and SAM with flipped labels, at the default rate, decay, schedule and loss")
-    figure, axes = panels(len(rows), 2, sharey="col")
+    figure, axes = panels(len(rows), 2, sharey=sharey)
     for (left, right), sweep in zip(axes, rows):
         draw_short_sgd(left, sweeps, sweep)
         draw_stops(right, sweeps, sweep)

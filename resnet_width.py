@@ -109,12 +109,10 @@ class Decoder:
         from torchvision.transforms import v2  # here, since it takes a while
 
         bicubic = v2.InterpolationMode.BICUBIC
-        self.augment = v2.Compose(
-            [v2.RandomResizedCrop(size, (0.08, 1), interpolation=bicubic, antialias=True), v2.RandomHorizontalFlip()]
-        )
-        self.crop = v2.Compose(
-            [v2.Resize(round(size * 8 / 7), interpolation=bicubic, antialias=True), v2.CenterCrop(size)]
-        )
+        random_crop = v2.RandomResizedCrop(size, (0.08, 1), interpolation=bicubic, antialias=True)
+        self.augment = v2.Compose([random_crop, v2.RandomHorizontalFlip()])
+        resize = v2.Resize(round(size * 8 / 7), interpolation=bicubic, antialias=True)
+        self.crop = v2.Compose([resize, v2.CenterCrop(size)])
 
     def read(self, path, index, seed):
         image = open_image(os.fsdecode(path)).convert("RGB")

@@ -54,11 +54,12 @@ CIFAR10 = {  # --filters
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def keep_highest(scores, count):
-    """Masks like the list of tensors `scores`, False at the `count` lowest of all their scores together."""
+def keep_highest(scores, sparsity):
+    """Masks like the list of tensors `scores`, False at this fraction of them, the lowest of all together."""
     flat = torch.cat([s.flatten() for s in scores])
+    removed = round(sparsity * len(flat))
     mask = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
-    mask[flat.argsort(stable=True)[:count]] = False
+    mask[flat.argsort(stable=True)[:removed]] = False
 
     parts = mask.split([s.numel() for s in scores])
     return [part.view_as(s) for part, s in zip(parts, scores)]
@@ -71,7 +72,7 @@ def random_masks(kernels, sparsity, seed):
 
     for w in kernels:
         scores = torch.from_numpy(rng.random(w.shape, np.float32)).to(w.device)
-        masks += keep_highest([scores], round(sparsity * w.numel()))
+        masks += keep_highest([scores], sparsity)
 
     return masks
 
@@ -103,8 +104,7 @@ def prune(model, kernels, data, config):
     else:
         scores = [w.detach().abs() for w in kernels]
 
-    total = sum(w.numel() for w in kernels)
-    return keep_highest(scores, round(config.sparsity * total))
+    return keep_highest(scores, config.sparsity)
 
 
 def mask_weight(weight, mask):
@@ -180,11 +180,9 @@ def train(config):
         row.update(evaluate(model, loss_fn, data.val, "val"))
         recorder.end_epoch(row)
 
-    num_nonzero = sum(p.numel() for p in model.parameters())
-    for mask in masks.values():
-        num_nonzero -= int((~mask).sum())
-    directions = [masks.get(p, torch.ones_like(p)) for p in model.parameters()]  # in which --sharpness looks
-    recorder.finish(masks=directions, num_nonzero=num_nonzero)
+    kept = [masks.get(p, torch.ones_like(p)) for p in model.parameters()]
+    num_nonzero = sum(int(mask.sum()) for mask in kept)
+    recorder.finish(masks=kept, num_nonzero=num_nonzero)  # --sharpness looks in the directions that are kept
 
 
 if __name__ == "__main__":

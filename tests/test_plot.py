@@ -449,12 +449,13 @@ def test_pruned_networks_stand_beside_the_dense_one_of_as_many_weights(tmp_path)
 def test_a_script_of_ones_own_names_its_width(tmp_path):
     runs = []
     for width, params in ((2, 1000), (32, 4000)):
-        mine = pair(script="cnn_width", hidden=None, params=params, width=width, channels=width, kernel=5)
+        mine = pair(script="cnn_width", hidden=None, params=params, width=f"{width} channels", kernel=5)
         for result in mine:
             del result["config"]["filters"], result["config"]["weight_decay"]
+            result["config"]["width"] = width  # its flag
         runs += mine
     found = numbers(tmp_path, runs)
-    assert {key[1] for key in found} == {"2", "32", ""}
+    assert {key[1] for key in found} == {"2 channels", "32 channels", ""}
     assert sweeps_in(found) == {"MNIST, cnn_width, 2 epochs, kernel 5"}
 
 

@@ -374,12 +374,15 @@ def test_the_recipe_of_an_optimizer(clone):
 def test_the_recipe_of_a_model(clone):
     apply(clone, DIFFS[1])
     for more in ([], ["--sam"]):
-        call(clone, sys.executable, "cnn_width.py", "--channels", 4, 8, *TINY, *more)
+        call(clone, sys.executable, "cnn_width.py", "--width", 4, 8, *TINY, *more)
     found = results(clone)
     assert [path.name for path in (clone / "results").iterdir()] == ["cnn_width"] and len(found) == 4
     assert {r["num_params"] for r in found} == {c * (25 + 1 + 2 + 160) + 10 for c in (4, 8)}
     call(clone, sys.executable, "plot.py")
     assert (clone / "figures" / "gain_by_width.png").exists()
+    text = (clone / "figures" / "summary.csv").read_text()
+    assert len(re.findall(r'^("MNIST, cnn_width[^"]*"),[48],.*,gain,', text, re.MULTILINE)) > 2
+    assert len(set(re.findall(r'^("MNIST, cnn_width[^"]*"),', text, re.MULTILINE))) == 1  # one sweep of two widths
 
 
 def test_the_recipe_of_a_data_set(clone):

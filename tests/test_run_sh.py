@@ -21,10 +21,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCALES = pytest.mark.parametrize("scale", [(), ("quick",), ("overnight",)], ids=["full", "quick", "overnight"])
 LISTS = {"hidden", "filters", "noise", "sparsity", "rho", "seed"}  # flags that take several values
 VARIABLES = ["SEEDS", "HIDDEN", "FILTERS", "NOISES"]
-OTHERS = "RHOS FLAGS JOBS PYTHON RESULTS FIGURES DATA_DIR CIFAR10 IMAGENET OMP_NUM_THREADS CUDA_VISIBLE_DEVICES".split()
+OTHERS = "RHOS FLAGS ONLY JOBS PYTHON RESULTS FIGURES DATA_DIR CIFAR10 IMAGENET".split()
+OTHERS += ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"]
 ENV = {key: value for key, value in os.environ.items() if key not in {*VARIABLES, *OTHERS}}
-# In a clone whose lists in the file are empty: 9 commands, of which three are of 150-50
-SMALL = {"SEEDS": "0", "RHOS": "0.1", "HIDDEN": "75-25 150-50 300-100", "FILTERS": "", "NOISES": ""}
+# 9 commands, of which three are of 150-50
+SMALL = {"SEEDS": "0", "RHOS": "0.1", "HIDDEN": "75-25 150-50 300-100", "ONLY": "mlp.*(sharpness 100|epochs 200) "}
 
 FAKE = """#!/bin/sh
 echo "$*" | head -n 1 >>calls
@@ -95,11 +96,10 @@ def count(found, script, *wanted, without=()):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A copy of what run.sh needs, its lists in the file emptied, and the Python that takes notes."""
-    text = (ROOT / "run.sh").read_text()
-    (tmp_path / "run.sh").write_text(re.sub(r'^([a-z_]+)=".*?"', r'\1=""', text, flags=re.MULTILINE))
+    """A copy of what run.sh needs, and the Python that takes notes."""
     (tmp_path / "tests").mkdir()
-    for name in ("requirements.txt", "tests/requirements.txt"):
+    (tmp_path / "results").mkdir()
+    for name in ("run.sh", "requirements.txt", "tests/requirements.txt", "results/overnight.sh"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "fake").write_text(FAKE)
     (tmp_path / "fake").chmod(0o755)
@@ -349,6 +349,13 @@ def test_an_empty_list_drops_its_experiments_and_no_others(name):
     assert left < every and bool(left) == (name != "SEEDS")
 
 
+@pytest.mark.parametrize("argv", [(), ("quick",), ("overnight",)])
+def test_only_keeps_the_commands_that_match(argv):
+    every = listed(*argv)
+    found = listed(*argv, ONLY="--filters (4|16) .*--sam")
+    assert found == [one for one in every if re.search("--filters (4|16) .*--sam", one)] and len(found) < len(every)
+
+
 def test_an_empty_grid_leaves_sgd():
     found = runs(listed(RHOS=""))
     assert found and not any("sam=yes" in one for one in found)
@@ -392,7 +399,8 @@ def test_without_failures_the_figures_are_announced(clone, fake):
     download = 'import common, sys; sys.argv[0] = "run.sh"; common.read_torchvision(*sys.argv[1:])'
     assert calls(clone)[0] == f"-c {download} mnist data"
     assert calls(clone)[-1] == "plot.py --results r --figures f"
-    assert not (clone / "results").exists() and len(list((clone / "r" / "logs").iterdir())) == 10
+    assert [path.name for path in (clone / "results").iterdir()] == ["overnight.sh"]
+    assert len(list((clone / "r" / "logs").iterdir())) == 10
 
 
 def test_a_plot_that_fails_is_a_failure(clone, fake):
@@ -401,9 +409,10 @@ def test_a_plot_that_fails_is_a_failure(clone, fake):
 
 @pytest.mark.parametrize("scale, downloads", [("quick", 0), ("overnight", 1)])
 def test_the_other_sweeps(clone, fake, scale, downloads):
+    few = "both mlp_width.py --hidden 9-7 --seed 0 --rho 0.1"
     text = (clone / "run.sh").read_text()
-    few = f"{scale}() {{ both 0.1 mlp_width.py --hidden 9-7 --seed 0; return"
-    (clone / "run.sh").write_text(text.replace(f"\n{scale}() {{", f"\n{few}"))
+    (clone / "run.sh").write_text(text.replace("\nquick() {", f"\nquick() {{ {few}; return"))
+    (clone / "results" / "overnight.sh").write_text(few)
     at_once = 1 if downloads else min(4, os.cpu_count())
     more = {"JOBS": "1"} if downloads else {}
     status, out, errors = run(
@@ -485,15 +494,17 @@ def test_a_signal_stops_everything_in_one_line(clone, fake, number):
         ([], {"JOBS": "-1"}, "JOBS"),
         (["quick"], {"JOBS": "two"}, "JOBS"),
         (["overnight"], {"JOBS": "1.5"}, "JOBS"),
-        ([], {"SEEDS": ""}, "lists are empty"),
-        ([], {"HIDDEN": "", "FILTERS": "", "NOISES": ""}, "lists are empty"),
+        ([], {"SEEDS": ""}, "no command is left"),
+        (["quick"], {"ONLY": "--filters 5"}, "no command is left by the lists and by ONLY"),
         ([], {"FLAGS": "--amp --results r2"}, "--results in FLAGS"),
         (["list"], {"FLAGS": "--results=r2"}, "RESULTS"),
         (["list"], {"FLAGS": "--data-dir d"}, "DATA_DIR"),
         (["list"], {"FLAGS": "--dataset svhn"}, "CIFAR10"),
         (["list"], {"FLAGS": "--amp --epochs 10"}, "--epochs in FLAGS"),
         ([], {"FLAGS": "--seed=5"}, "--seed in FLAGS"),
-        (["list"], {"FILTERS": "4,8"}, "FILTERS"),
+        (["list"], {"FILTERS": "4,8"}, "no commas"),
+        (["list"], {"RHOS": "0.1,0.2"}, "no commas"),
+        (["list"], {"FILTERS": "all"}, "FILTERS are numbers"),
         (["list"], {"RESULTS": "my results"}, "space"),
         (["list"], {"FIGURES": "my'figures"}, "quote"),
         ([], {"RESULTS": "run.sh"}, "run.sh/logs"),
@@ -528,25 +539,28 @@ def test_help_names_the_commands_and_installs_nothing(clone, fake, argv):
         "RESULTS",
         "IMAGENET",
         "FLAGS",
+        "ONLY",
         *VARIABLES,
     ):
         assert any(word in line for line in out), word
 
 
 def test_what_torchvision_has_is_downloaded_first(clone, fake):
-    shutil.copy(ROOT / "run.sh", clone)  # with its lists
-
     def downloads(*argv, **variables):
         (clone / "calls").unlink(missing_ok=True)
         process = start(clone, *argv, **fake | {"LACKS": "data", **variables})
         process.communicate(timeout=60)
         return [line.split()[-2:] for line in calls(clone) if "read_torchvision" in line]
 
-    assert downloads("data", LACKS="") == [["cifar10", "data"], ["mnist", "data"]]
+    assert downloads("data", LACKS="") == [["mnist", "data"], ["cifar10", "data"]]
     variables = {"CIFAR10": "images", "IMAGENET": "more", "DATA_DIR": "there"}
     assert downloads("data", LACKS="", **variables) == [["mnist", "there"]]
+    assert downloads("data", LACKS="", CIFAR10="svhn") == [["mnist", "data"], ["svhn", "data"]]
+    assert downloads("data", LACKS="", ONLY="mlp_width") == [["mnist", "data"]]
+    assert downloads("data", LACKS="", ONLY="resnet_width") == [["cifar10", "data"]]
     assert downloads("data", LACKS="", SEEDS="") == []
-    assert downloads("overnight", CIFAR10="images") == [["fashionmnist", "data"]]  # and fails
+    three = downloads("overnight", LACKS="", ONLY="fashionmnist .*--epochs 12 |--filters 4 .*--epochs 25 ")
+    assert three == [["mnist", "data"], ["cifar10", "data"], ["fashionmnist", "data"]]
 
 
 def test_test_gives_pytest_its_words(clone, fake):
