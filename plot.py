@@ -1045,18 +1045,20 @@ def label_noise(sweeps):
     epochs, or on other seeds the best rate and decay, too; the axis is logarithmic above 1. rho is chosen for each
     width on held-out data."""
     rows = [sweep for sweep in main_sweeps(sweeps) if sweep.noise and is_mnist_mlp(sweep)]
+    need(rows, "SGD and SAM of MLPs on MNIST with flipped labels, at the default rate, decay, schedule and loss")
     return noise_rows(sweeps, rows, sharey="col")
 
 
 def label_noise_elsewhere(sweeps):
-    """Flipped labels with other data and models, drawn as in label_noise.png. Hollow marks and dotted lines: fewer than
-    three seeds, so no interval."""
+    """Flipped labels with other data and models, of two widths or more, drawn as in label_noise.png, but for an axis of
+    its own in each panel. Hollow marks and dotted lines: fewer than three seeds, so no interval."""
     rows = [sweep for sweep in main_sweeps(sweeps) if sweep.noise and not is_mnist_mlp(sweep)]
+    rows = [sweep for sweep in rows if len(sweep.paired) > 1]
+    need(rows, "SGD and SAM of two widths with flipped labels, of other data or models")
     return noise_rows(sweeps, rows, sharey=False)
 
 
 def noise_rows(sweeps, rows, sharey):
-    need(rows, "SGD and SAM with flipped labels, at the default rate, decay, schedule and loss")
     figure, axes = panels(len(rows), 2, sharey=sharey)
     for (left, right), sweep in zip(axes, rows):
         draw_short_sgd(left, sweeps, sweep)
@@ -1065,6 +1067,40 @@ def noise_rows(sweeps, rows, sharey):
         left.set_ylabel("test accuracy (%)")
         right.set_ylabel("gain (points)")
     return figure, [other for sweep in rows for other in lengths(sweeps, sweep)]
+
+
+def training_length(sweeps):
+    """Flipped labels: test accuracy after the last epoch by the number of epochs, a whole schedule each, of the
+    narrowest and the widest network, a row a workload. SAM has at each length its best rho on held-out data. Where SGD
+    falls, it fits the flipped labels. Hollow marks and dotted lines: fewer than three seeds."""
+    noisy = families([sweep for sweep in usual(sweeps) if sweep.noise], "epochs")
+    rows = [family for family in noisy if longest(family) and len(family) > 1]
+    need(rows, "SGD and SAM with flipped labels, at two numbers of epochs")
+    figure, axes = panels(len(rows), 2, sharey="row")
+    for row, family in zip(axes, rows):
+        sweep = longest(family)
+        for ax, network in zip(row, dict.fromkeys((sweep.paired[0], sweep.paired[-1]))):
+            draw_lengths(ax, family, network)
+        row[0].set_title(f"{heading(sweep, 'epochs')}\n{row[0].get_title()}")
+        row[1].set_visible(len(sweep.paired) > 1)
+    return figure, [sweep for family in rows for sweep in family]
+
+
+def draw_lengths(ax, family, network):
+    """One width's scores after the last epoch, by the number of epochs."""
+    found = [sweep for sweep in family if network.key in sweep.networks]
+    epochs = [sweep.epochs for sweep in found]
+    networks = [sweep.networks[network.key] for sweep in found]
+    sgd = [{seed: run.score("last") for seed, run in one.sgd.items()} for one in networks]
+    draw_line(ax, epochs, sgd, "SGD", SGD)
+    draw_line(ax, epochs, [one.scores("SAM", "last") for one in networks], "SAM", SAM)
+    ax.set_xscale("log")
+    ax.set_xticks(epochs, epochs)
+    ax.minorticks_off()
+    ax.set_xlabel("epochs")
+    ax.set_ylabel("test accuracy (%)")
+    ax.label_outer()
+    ax.set_title(f"{short(network.params)} parameters")
 
 
 PAPER = {  # {parameters: gain} in points (teacher: in test loss), read off the paper's figures to about 0.01
@@ -1117,7 +1153,8 @@ def rho(sweeps):
     """Score after the last epoch by SAM's rho, a line a width, means over the seeds that all radii share; a ring marks
     the rho that is chosen on held-out data, where three or more were tried. Above a rho: how many of its runs learned
     nothing. Lines are labelled at the narrowest and the widest network."""
-    shown = need(main_sweeps(sweeps), "SGD and SAM at the default rate, decay, schedule and loss")
+    shown = [sweep for sweep in main_sweeps(sweeps) if len(sweep.radii) > 1]
+    need(shown, "SGD and SAM at two radii, at the default rate, decay, schedule and loss")
     columns = min(3, len(shown))
     figure, axes = panels(math.ceil(len(shown) / columns), columns)
     for ax in axes.flat[len(shown) :]:
@@ -1371,6 +1408,7 @@ FIGURES = [
     front,
     label_noise,
     label_noise_elsewhere,
+    training_length,
     gain_by_width,
     rho,
     curves,

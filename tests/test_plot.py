@@ -597,7 +597,8 @@ def everything():
             function = {"x": list(range(5)), "y": [0, 1, 0, width, 2]}
             s |= {"dataset": "curve", "params": 3 * width, "schedule": "constant", "function": function}
             runs += [loss_run(r, 0.2, **s) for r in (None, 0.2)]
-    runs += pair(noise=0.5, hidden=None, filters=8, params=50_000, dataset="data/cifar10-jpeg", acc=0.7)
+    for filters in (8, 16):
+        runs += pair(noise=0.5, hidden=None, filters=filters, params=6250 * filters, dataset="data/cifar10-jpeg")
     return runs
 
 
@@ -616,6 +617,31 @@ def test_every_figure_and_its_caption(tmp_path):
     assert "CIFAR-10 (JPEG copy), ResNet-18, 50% flipped, 2 epochs" in summary and "nan" not in summary
     header = (tmp_path / "figures" / "summary.csv").read_text().splitlines()[0]
     assert header == "sweep,width,parameters,rho,rule,measure,mean,half_interval,seeds"
+
+
+def drawn(ax):
+    """The points of each labelled line, by its label."""
+    return {line.get_label(): line.get_xydata().tolist() for line in ax.lines if line.get_label()[0] != "_"}
+
+
+def test_training_length_has_each_length_at_its_own_best_rho(tmp_path):
+    noisy = {"noise": 0.5, "val": 0.8}
+    runs = [run(acc=0.875, epochs=2, **noisy), run(acc=0.75, epochs=4, **noisy)]
+    runs += [run(0.1, acc=0.9, epochs=4, **noisy), run(0.2, acc=0.8125, epochs=4, noise=0.5, val=0.9)]
+    runs += pair(0.125, acc=0.5, hidden="75-25", epochs=4, **noisy)
+    save(tmp_path, [*runs, *pair()])
+    figure, _ = plot.training_length(plot.build_sweeps(plot.read_runs(tmp_path / "results")[0]))
+    narrow, wide = figure.axes
+    assert drawn(narrow) == {"SGD": [[4, 50]], "SAM": [[4, 62.5]]}
+    assert drawn(wide) == {"SGD": [[2, 87.5], [4, 75]], "SAM": [[4, 81.25]]}
+
+
+def test_a_single_width_or_radius_is_no_figure_by_width_or_rho(tmp_path):
+    save(tmp_path, pair(noise=0.5, dataset="kmnist"))
+    sweeps = plot.build_sweeps(plot.read_runs(tmp_path / "results")[0])
+    for figure, what in ((plot.label_noise_elsewhere, "two widths"), (plot.rho, "two radii")):
+        with pytest.raises(plot.Missing, match=what):
+            figure(sweeps)
 
 
 ODD = {
