@@ -624,14 +624,28 @@ def drawn(ax):
     return {line.get_label(): line.get_xydata().tolist() for line in ax.lines if line.get_label()[0] != "_"}
 
 
+@pytest.mark.parametrize("ends", [(0, 0, 1), (1, 1, 0), (0.5, 0.5, 0.5)])
+def test_labels_of_lines_stand_apart_and_above_the_axis(ends):
+    figure, ((ax,),) = plot.panels(1, 1)
+    for end, label in zip(ends, ("SGD", "in two\nlines", "SAM")):
+        ax.plot([0, 1], [0.5, end], label=label)
+    ax.plot([0, 1], [0, 1])
+    plot.label_lines(ax)
+    figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in ax.texts), key=lambda box: box.y0)
+    assert len(boxes) == 3 and all(below.y1 <= above.y0 for below, above in zip(boxes, boxes[1:]))
+    assert boxes[0].y0 >= ax.get_window_extent().y0 - 1
+
+
 def test_training_length_has_each_length_at_its_own_best_rho(tmp_path):
     noisy = {"noise": 0.5, "val": 0.8}
-    runs = [run(acc=0.875, epochs=2, **noisy), run(acc=0.75, epochs=4, **noisy)]
-    runs += [run(0.1, acc=0.9, epochs=4, **noisy), run(0.2, acc=0.8125, epochs=4, noise=0.5, val=0.9)]
+    runs = [run(acc=[0.9, 0.875], **noisy), run(acc=[0.8, 0.9, 0.8, 0.75], **noisy)]
+    runs += [run(0.1, acc=0.9, epochs=4, **noisy), run(0.2, acc=[0.8, 0.9, 0.8, 0.8125], noise=0.5, val=0.9)]
     runs += pair(0.125, acc=0.5, hidden="75-25", epochs=4, **noisy)
     save(tmp_path, [*runs, *pair()])
     figure, _ = plot.training_length(plot.build_sweeps(plot.read_runs(tmp_path / "results")[0]))
     narrow, wide = figure.axes
+    assert narrow.get_title().endswith("61k parameters") and wide.get_title() == "267k parameters"
     assert drawn(narrow) == {"SGD": [[4, 50]], "SAM": [[4, 62.5]]}
     assert drawn(wide) == {"SGD": [[2, 87.5], [4, 75]], "SAM": [[4, 81.25]]}
 
