@@ -205,8 +205,8 @@ setup() { # setup FILE: a Python that meets these requirements: this one, or one
 
 download() { # download COMMANDS: what they train on that torchvision fetches
     local name names=
-    [[ $1 != *--hidden* ]] || names=mnist
-    [[ $1 != *--filters* || -n $CIFAR10 ]] || names+=" cifar10"
+    [ -z "$(grep -e --hidden <<<"$1" | grep -v -e --dataset)" ] || names=mnist
+    [ -z "$(grep -e --filters <<<"$1" | grep -v -e --dataset)" ] || names+=" cifar10"
     for name in fashionmnist kmnist cifar10 cifar100 svhn; do
         [[ $1 != *"--dataset $name "* ]] || names+=" $name"
     done
