@@ -17,13 +17,14 @@
 # The full run also heeds
 #   IMAGENET=FOLDER            images for the ImageNet panel, which is left out without them
 #   RESULTS=results FIGURES=figures DATA_DIR=data    its folders
-#   SEEDS HIDDEN FILTERS NOISES    lists, as below; an empty one drops the commands that it makes
+#   SEEDS HIDDEN FILTERS NOISES    the lists below; an empty one drops the commands that it makes
 #   RHOS="0.05 0.1"            one grid in place of each workload's own
 #   FLAGS="--fp32"             more flags for every command
 set -euo pipefail
 cd "$(dirname "$0")"
 export PYTHON=${PYTHON:-python3}
-: "${RESULTS:=results}" "${FIGURES:=figures}" "${DATA_DIR:=data}" "${CIFAR10:=}" "${IMAGENET:=}" "${FLAGS:=}" "${ONLY:=}"
+: "${ONLY:=}" "${CIFAR10:=}" "${IMAGENET:=}" "${FLAGS:=}"
+: "${RESULTS:=results}" "${FIGURES:=figures}" "${DATA_DIR:=data}"
 
 SEEDS=${SEEDS-0 1 2}
 HIDDEN=${HIDDEN-75-25 150-50 300-100 1200-400 3000-1000} # MLPs of clean and of flipped labels: their hidden layers
@@ -34,8 +35,8 @@ cifar_rhos=${RHOS-0.001 0.005 0.01 0.02 0.05 0.1 0.2 0.5 1}
 teacher_rhos=${RHOS-0.001 0.01 0.05 0.07 0.1 0.2 0.3 0.5 0.7 1 2}
 
 # ---- The commands ---------------------------------------------------------------------------------------------------
-# `lines` makes a command for each word of a list in quotes; a list without quotes stays in one command, which --seed,
-# --rho, --hidden, --filters, --noise and --sparsity take. `both` does so for SGD, and for SAM at the radii at its end:
+# `lines` prints commands: one for each of several words in quotes, while words without quotes stay in one command, as
+# --seed, --rho, --hidden, --filters, --noise and --sparsity take them. `both` does so for SGD, and for SAM:
 #
 #   both mlp_width.py --hidden 300-100 --seed 0 1 --rho "0.1 0.2"
 #
@@ -43,7 +44,8 @@ teacher_rhos=${RHOS-0.001 0.01 0.05 0.07 0.1 0.2 0.3 0.5 0.7 1 2}
 #   python mlp_width.py --hidden 300-100 --seed 0 1 --sam --rho 0.1
 #   python mlp_width.py --hidden 300-100 --seed 0 1 --sam --rho 0.2
 #
-# The width comes first, since widest_first sorts by it. A line here, and nothing else, adds an experiment.
+# The width comes first, since widest_first sorts by it, and for `both` --rho last. An experiment of your own is a line
+# here; README and tests/test_run_sh.py say how many runs there are.
 
 lines() { split python "$@"; }
 
@@ -58,7 +60,7 @@ split() { # split a "b c" "d e" prints the lines a b d, a b e, a c d and a c e
 
 both() { # both COMMAND... --rho RADII
     local sgd=()
-    while [ "$1" != --rho ]; do
+    while [ "${1?both needs --rho}" != --rho ]; do
         sgd+=("$1")
         shift
     done
@@ -77,21 +79,20 @@ imagenet() { # a run takes days: a line for each seed
 }
 
 full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them from there
-    local mnist="--val-size 5000 --seed $SEEDS"
-    local images="--val-size 5000 ${CIFAR10:+--dataset $CIFAR10}"
-    local cifar="$images --seed $SEEDS"
+    local held_out="--val-size 5000 --seed $SEEDS"
+    local cifar="--val-size 5000 ${CIFAR10:+--dataset $CIFAR10}"
     [ -n "$SEEDS" ] || return 0
 
     # The gain and the best rho by width and by depth; SGD of twice the epochs: as many gradients as SAM takes
-    both mlp_width.py --hidden "$HIDDEN" --sharpness 100 $mnist --rho "$mnist_rhos"
-    both mlp_width.py --hidden "1000-1000-1000-1000 1000-1000-1000 1000-1000 1000" $mnist --rho "$mnist_rhos"
+    both mlp_width.py --hidden "$HIDDEN" --sharpness 100 $held_out --rho "$mnist_rhos"
+    both mlp_width.py --hidden "1000-1000-1000-1000 1000-1000-1000 1000-1000 1000" $held_out --rho "$mnist_rhos"
     both mlp_width.py --hidden "100 200 300 400 500 600 700 800 900 1000" --dataset teacher --val-size 2000 \
         --seed $SEEDS --rho "$teacher_rhos"
-    lines mlp_width.py --hidden "$HIDDEN" --epochs 200 $mnist
+    lines mlp_width.py --hidden "$HIDDEN" --epochs 200 $held_out
     for filters in $FILTERS; do
-        local resnet=(resnet_width.py --filters $filters $cifar)
+        local resnet=(resnet_width.py --filters $filters $cifar --seed $SEEDS)
         if [ "$filters" -ge 128 ]; then # a run takes hours: a line for each seed
-            resnet=(resnet_width.py --filters $filters $images --seed "$SEEDS")
+            resnet=(resnet_width.py --filters $filters $cifar --seed "$SEEDS")
         fi
         both "${resnet[@]}" --rho "$cifar_rhos"
         both "${resnet[@]}" --weight-decay 0 --rho "$cifar_rhos"
@@ -101,31 +102,34 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
     # Flipped labels; also SGD of fewer epochs, which fits fewer of them, and SAM that perturbs a part of the weights
     local noisy="4 8 16 32 64"
     for noise in $NOISES; do
-        both label_noise.py --hidden "$HIDDEN" --noise $noise $mnist --rho "$mnist_rhos"
-        both label_noise.py --filters "$noisy" --noise $noise $cifar --rho "$cifar_rhos"
-        lines label_noise.py --hidden "$HIDDEN" --noise $noise --epochs "12 25 50" $mnist
-        lines label_noise.py --filters "$noisy" --noise $noise --epochs "24 50 100" $cifar
-        [ "$noise" = 0.5 ] || continue
-        for part in last rest random; do
-            lines label_noise.py --hidden "$HIDDEN" --noise 0.5 $mnist --perturb $part --sam --rho "$mnist_rhos"
-            lines label_noise.py --filters "$noisy" --noise 0.5 $cifar --perturb $part --sam --rho "$cifar_rhos"
-        done
+        both label_noise.py --hidden "$HIDDEN" --noise $noise $held_out --rho "$mnist_rhos"
+        both label_noise.py --filters "$noisy" --noise $noise $cifar --seed $SEEDS --rho "$cifar_rhos"
+        lines label_noise.py --hidden "$HIDDEN" --noise $noise --epochs "12 25 50" $held_out
+        lines label_noise.py --filters "$noisy" --noise $noise --epochs "24 50 100" $cifar --seed $SEEDS
+        if [ "$noise" = 0.5 ]; then
+            for part in last rest random; do
+                lines label_noise.py --hidden "$HIDDEN" --noise 0.5 $held_out --perturb $part --sam --rho "$mnist_rhos"
+                lines label_noise.py --filters "$noisy" --noise 0.5 $cifar --seed $SEEDS --perturb $part \
+                    --sam --rho "$cifar_rhos"
+            done
+        fi
     done
 
     # Wide networks with as many weights as 75-25, or 16 filters, the others removed; as width:sparsity
     for item in 150-50:0.5157 300-100:0.7723 1200-400:0.9583; do
-        both sparsity.py --hidden ${item%:*} --sparsity ${item#*:} --pruner "random snip" $mnist --rho "$mnist_rhos"
+        both sparsity.py --hidden ${item%:*} --sparsity ${item#*:} --pruner "random snip" $held_out --rho "$mnist_rhos"
     done
     for item in 24:0.556 32:0.7506 64:0.938; do
-        both sparsity.py --filters ${item%:*} --sparsity ${item#*:} --pruner "random snip" $cifar --rho "$cifar_rhos"
+        both sparsity.py --filters ${item%:*} --sparsity ${item#*:} --pruner "random snip" $cifar --seed $SEEDS \
+            --rho "$cifar_rhos"
     done
 
     # Functions fitted to 12 points; curvature; the training loss by epoch
     both mlp_width.py --hidden "5 10 100 1000" --dataset "curve curve-scaled" --seed $SEEDS --rho "${RHOS-0.2}"
     both mlp_width.py --hidden "75-25 300-100 1200-400 3000-1000" --loss mse --schedule constant --momentum 0 \
-        --weight-decay 0 --sharpness 1000 $mnist --rho "${RHOS-0.01 0.02 0.05 0.1 0.2}"
-    both mlp_width.py --hidden "30-10 300-100 3000-1000" --schedule constant --epochs 20 $mnist --rho "${RHOS-0.05}"
-    both resnet_width.py --filters "4 16 64" --schedule constant --epochs 75 $cifar --rho "${RHOS-0.05}"
+        --weight-decay 0 --sharpness 1000 $held_out --rho "${RHOS-0.01 0.02 0.05 0.1 0.2}"
+    both mlp_width.py --hidden "30-10 300-100 3000-1000" --schedule constant --epochs 20 $held_out --rho "${RHOS-0.05}"
+    both resnet_width.py --filters "4 16 64" --schedule constant --epochs 75 $cifar --seed $SEEDS --rho "${RHOS-0.05}"
 }
 
 quick() { # small networks share a line, since starting one takes seconds, too; the widest stand first
@@ -208,7 +212,7 @@ download() { # download COMMANDS: what they train on that torchvision fetches
     [ -z "$(grep -e --hidden <<<"$1" | grep -v -e --dataset)" ] || names=mnist
     [ -z "$(grep -e --filters <<<"$1" | grep -v -e --dataset)" ] || names+=" cifar10"
     for name in fashionmnist kmnist cifar10 cifar100 svhn; do
-        [[ $1 != *"--dataset $name "* ]] || names+=" $name"
+        [[ ! $1 =~ "--dataset $name"([[:space:]]|$) ]] || names+=" $name"
     done
     for name in $names; do
         python -c 'import common, sys; sys.argv[0] = "run.sh"; common.read_torchvision(*sys.argv[1:])' \

@@ -1,5 +1,5 @@
 # The commands of `bash run.sh overnight`, which wrote results/overnight, in rows, since the last may not be reached.
-# run.sh sources this file and prints the commands: `lines` and `both` are its functions, and say there how they work.
+# run.sh sources this file: `lines` and `both` are its functions, and explained there. A new row goes to the end.
 
 three="--seed 0 1 2"
 five="--seed 0 1 2 3 4"

@@ -362,6 +362,7 @@ def test_an_empty_grid_leaves_sgd():
 
 
 def test_folders_of_images_and_of_results():
+    assert not any("--results" in line or "--data-dir" in line for line in listed())
     found = runs(listed(CIFAR10="images", RESULTS="runs/a", DATA_DIR="elsewhere"))
     assert all({"results=runs/a", "data-dir=elsewhere"} <= set(one) for one in found)
     filters = [one for one in found if any(part.startswith("filters=") for part in one)]
@@ -555,7 +556,8 @@ def test_what_torchvision_has_is_downloaded_first(clone, fake):
     assert downloads("data", LACKS="") == [["mnist", "data"], ["cifar10", "data"]]
     variables = {"CIFAR10": "images", "IMAGENET": "more", "DATA_DIR": "there"}
     assert downloads("data", LACKS="", **variables) == [["mnist", "there"]]
-    assert downloads("data", LACKS="", CIFAR10="svhn") == [["mnist", "data"], ["svhn", "data"]]
+    for name in ("svhn", "cifar100"):
+        assert downloads("data", LACKS="", CIFAR10=name) == [["mnist", "data"], [name, "data"]]
     assert downloads("data", LACKS="", ONLY="mlp_width") == [["mnist", "data"]]
     assert downloads("data", LACKS="", ONLY="resnet_width") == [["cifar10", "data"]]
     assert downloads("data", LACKS="", ONLY="teacher") == downloads("data", LACKS="", SEEDS="") == []
