@@ -564,7 +564,7 @@ class Scores:
         self.sums = 0
 
     def add(self, outputs, *targets):
-        """A batch's outputs (B, D); the loss is that of the first targets (B, ...), the accuracies of each labels."""
+        """A batch's outputs (B, D) and targets (B, ...): a loss on the first, an accuracy on each that are labels."""
         self.kept.append((outputs.detach(), *targets))
         if len(self.kept) == 64:  # a small network would take a fifth longer if each were scored
             self.reduce()
@@ -633,7 +633,7 @@ def processes():
 
 
 def is_main():
-    return processes()[0] == 0
+    return not launched_by_torchrun() or os.environ["RANK"] == "0"
 
 
 def from_main(value):
@@ -649,8 +649,7 @@ def from_main(value):
 
 def tell(message, everywhere=False):
     """One line on stderr, of the main process alone where all of them have it to say."""
-    rank = os.environ["RANK"] if launched_by_torchrun() else "0"
-    if everywhere or rank == "0":
+    if everywhere or is_main():
         line = " ".join(f"{Path(sys.argv[0]).name}: {message}".split())
         tqdm.write(line, file=sys.stderr)
 
@@ -770,9 +769,8 @@ def flags(doc, *models):
 
 def check(parser, args):
     """Ends the program over flags that do not go together, or a device that can't be used."""
-    perturb = getattr(args, "perturb", "all")
-    if not args.sam and (args.rho or args.adaptive or perturb != "all"):
-        parser.error("--rho, --adaptive and --perturb need --sam")
+    if not args.sam and (args.rho or args.adaptive):
+        parser.error("--rho and --adaptive need --sam")
 
     if args.schedule == "step" and not args.milestones:
         parser.error("--schedule step: this training has no milestones; give it some, in the script's settings")
@@ -790,23 +788,20 @@ def check(parser, args):
 def parse(parser, settings_of):
     """Every run that the command line asks for, as a namespace of single values, with its name and its defaults."""
     args = parser.parse_args()
-    settings = settings_of(args)
-    settings = {**settings, "script": Path(sys.argv[0]).stem, "processes": processes()[1]}
-    defaults = {flag: parser.get_default(flag) for flag in vars(args)}
-
+    settings = {**settings_of(args), "script": Path(sys.argv[0]).stem, "processes": processes()[1]}
     for flag, default in settings.items():
-        defaults[flag] = default
         if getattr(args, flag, None) is None:
             setattr(args, flag, default)
 
-    defaults["processes"] = 1
+    defaults = {flag: parser.get_default(flag) for flag in vars(args)}
+    defaults.update(settings, processes=1)
     for flag, default in defaults.items():
         if isinstance(default, list):
             defaults[flag] = default[0]
 
     check(parser, args)
-    if args.rho is None:
-        args.rho = [0.05] if args.sam else [None]
+    if args.sam and args.rho is None:
+        args.rho = 0.05
 
     several = {flag: dict.fromkeys(values) for flag, values in vars(args).items() if isinstance(values, list)}
     configs = []
@@ -824,24 +819,13 @@ def parse(parser, settings_of):
 # A run's files, and its resuming
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Where and how a run happens, not what it computes: in neither its name nor what makes two runs the same.
+# Where and how a run happens, not what it computes: in neither its name nor what makes two runs the same. (data_dir is
+# in both: another folder may hold other data.)
 WHERE_AND_HOW = {"device", "results", "force", "save", "workers", "name", "defaults"}
 
 # What stands in a run's name in a place of its own; any other flag is added to it where it is not at its default.
-NAMED_FIRST = {
-    "script",
-    "dataset",
-    "hidden",
-    "filters",
-    "noise",
-    "pruner",
-    "sparsity",
-    "sam",
-    "rho",
-    "adaptive",
-    "seed",
-    "perturb",
-}
+NAMED_FIRST = {"script", "dataset", "hidden", "filters", "noise", "pruner", "sparsity"}
+NAMED_FIRST |= {"sam", "rho", "adaptive", "seed", "perturb"}
 
 
 def run_name(config):
@@ -1025,13 +1009,10 @@ class Recorder:
 
     def resume(self):
         """Loads the run's checkpoint, if there is one; the main process alone reads it."""
-        state = None
         if is_main() and self.config.force:
             self.checkpoint.unlink(missing_ok=True)
-        if is_main():
-            state = read_own(self.checkpoint, self.config)
 
-        state = from_main(state)
+        state = from_main(read_own(self.checkpoint, self.config) if is_main() else None)
         if state is None:
             return
 
@@ -1166,9 +1147,9 @@ class Recorder:
     def clean_up(self):
         """Removes the checkpoint, and what a killed process left of a file it was writing."""
         self.checkpoint.unlink(missing_ok=True)
-        for path in self.path.parent.glob("*.tmp"):
+        for path in self.path.parent.glob(f"{self.config.name}.*.tmp"):  # the name is quoted: no * nor ?
             with contextlib.suppress(OSError):
-                if path.name.startswith(f"{self.config.name}.") and time.time() - path.stat().st_mtime > 60:
+                if time.time() - path.stat().st_mtime > 60:
                     path.unlink()
 
 
@@ -1185,9 +1166,10 @@ def unfinished(configs):
     todo = []
     for config in configs:
         path = result_path(config)
-        if config.force or not read_own(path, config):
+        result = None if config.force else read_own(path, config)
+        if not result:
             todo.append(config)
-        elif config.save and not path.with_suffix(".pt").exists():
+        elif config.save and result["status"] == "done" and not path.with_suffix(".pt").exists():
             tell(f"{config.name}: is finished, but without --save; --force trains it again")
 
     print(f"{len(configs)} runs, {len(configs) - len(todo)} already finished", flush=True)

@@ -20,7 +20,7 @@ import torch
 from torch.optim import SGD
 
 from common import SAM, Recorder, Scores, batches, build_model, evaluate, frozen_bn_stats, learning_rate, load_data
-from common import bounded_number, flags, main
+from common import bounded_number, exit_with_error, flags, main
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: the paper's, by the flag that picks the model; all but the milestones have a flag of their own
@@ -92,7 +92,7 @@ def last_layer_share(model):
 
 
 def choose_perturbation(model, perturb, seed, step):
-    """Changes the gradients that SAM's perturbation is made of, as --perturb says; it always has the norm rho."""
+    """Changes the gradients of which SAM makes its perturbation, as --perturb says; its length is SAM's affair."""
     if perturb == "random":
         key = np.random.SeedSequence((seed, step, 1)).generate_state(1)  # other numbers than flips and data order draw
         rng = torch.Generator(next(model.parameters()).device).manual_seed(int(key[0]))
@@ -116,8 +116,7 @@ def train(config):
     data = load_data(config)
     loss_fn = data.loss_fn
     clean = data.train.targets
-    classes = data.outputs
-    noisy = flip_labels(clean, config.noise, classes, config.seed)
+    noisy = flip_labels(clean, config.noise, data.outputs, config.seed)
 
     model = build_model(config, data)
     optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, fused=True)
@@ -163,6 +162,12 @@ def train(config):
     recorder.finish(targets=noisy)  # on which --sharpness is measured
 
 
+def settings(args):
+    if args.perturb != "all" and not args.sam:
+        exit_with_error(f"--perturb {args.perturb}: needs --sam")
+    return MNIST if args.hidden else CIFAR10
+
+
 if __name__ == "__main__":
     # A flag of your own needs no more than a line here: it is in a run's name where it is not at its default, and the
     # results from before it existed count as runs with the default.
@@ -172,4 +177,4 @@ if __name__ == "__main__":
     parser.add_argument("--noise", type=fraction, nargs="+", default=[0.5], metavar="P", help=text)
     text = "what SAM perturbs: all parameters (default), the last layer's, the rest; or all in a random direction"
     parser.add_argument("--perturb", choices=["all", "last", "rest", "random"], default="all", help=text)
-    main(parser, train, lambda args: MNIST if args.hidden else CIFAR10)
+    main(parser, train, settings)

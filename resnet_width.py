@@ -22,7 +22,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from common import SAM, Recorder, Scores, batches, build_model, evaluate, frozen_bn_stats, learning_rate, load_data
-from common import LOSSES, Data, ResNet18, convolution, lecun_normal_, open_image, scan_folder, split_sizes
+from common import DATASETS, LOSSES, Data, ResNet18, convolution, lecun_normal_, open_image, scan_folder, split_sizes
 from common import bounded_number, exit_with_error, flags, launched_by_torchrun, main
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,10 +141,9 @@ class Files:
         self.inputs = paths
         self.targets = targets
         self.loader = loader
-        mean = torch.tensor((0.485, 0.456, 0.406), device=targets.device)  # of ImageNet's channels
-        std = torch.tensor((0.229, 0.224, 0.225), device=targets.device)
-        self.mean = 255 * mean.view(3, 1, 1)
-        self.std = 255 * std.view(3, 1, 1)
+        # ImageNet's channels
+        self.mean = 255 * torch.tensor((0.485, 0.456, 0.406), device=targets.device).view(3, 1, 1)
+        self.std = 255 * torch.tensor((0.229, 0.224, 0.225), device=targets.device).view(3, 1, 1)
 
     def select(self, indices, seed=None):
         """Yields (B, 3, S, S) normalized images; an image's augmentation is a function of seed and its index."""
@@ -164,8 +163,8 @@ def leave_signals_to_the_main_process(worker):
 
 
 def load_images(config):
-    if not os.path.isdir(config.dataset):
-        exit_with_error(f"--image-size {config.image_size}: needs a folder of images, which {config.dataset} is not")
+    if config.dataset in DATASETS:
+        exit_with_error(f"--image-size {config.image_size}: needs --dataset FOLDER, not {config.dataset}")
 
     (paths, labels), (test_paths, test_labels), classes = scan_folder(config.dataset)
     size, rest = split_sizes(config, len(paths), len(test_paths))

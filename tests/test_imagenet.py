@@ -315,8 +315,8 @@ def test_a_signal_to_the_workers_too_says_one_line(folder, tmp_path, number):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--image-size", 64], "--image-size 64: needs a folder of images, which mnist is not"),
-        (["--image-size", 64, "--dataset", "none"], "--image-size 64: needs a folder of images, which none is not"),
+        (["--image-size", 64], "--image-size 64: needs --dataset FOLDER, not mnist"),
+        (["--image-size", 64, "--dataset", "none"], "--dataset none: is not one of mnist"),
         (["--image-size", 8], "--image-size"),
         (["--workers", -1], "--workers"),
         (["--depth", 34], "--depth"),

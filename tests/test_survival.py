@@ -606,6 +606,9 @@ def test_a_diverged_run_keeps_its_epochs_and_the_sweep_goes_on(tmp_path, capsys)
     capsys.readouterr()
     call_main(mlp_width, tmp_path / "rho", *sweep)  # a diverged run is a finished one
     assert "2 runs, 2 already finished" in capsys.readouterr().out and len(files(tmp_path / "rho")) == 2
+    call_main(mlp_width, tmp_path / "rho", *sweep, "--save")  # it has no weights to save, the other one had
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "rho0.05" in line and "without --save" in line
 
 
 @pytest.mark.parametrize(
