@@ -8,6 +8,7 @@ statistics; pairing; SGD and SAM at their best settings; the numbers of summary.
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import json
@@ -31,7 +32,7 @@ A gain is SAM's score minus SGD's at the same seed. A slope is per tenfold param
 An interval is 95%, by Student's t over seeds.
 
 A rule says at which epoch a run stops. There its test score is taken, and there rho is chosen for each width: by the
-score on held-out data, where there are some, of equals the smallest.
+score on held-out data, of equals the smallest. Where none are held out, all choices are by test data.
 - last: the last epoch
 - held-out: each run's best held-out epoch, the first of equals
 - paper: each run's best test epoch; here rho, too, is chosen on test data
@@ -46,7 +47,6 @@ score on held-out data, where there are some, of equals the smallest.
 # Flags that tell no sweeps apart: what varies within a sweep or is in the model's name; where and how a run happened.
 NOT_SETTINGS = {"hidden", "filters", "depth", "width", "sparsity", "sam", "rho", "seed", "script", "sharpness"}
 NOT_SETTINGS |= {"device", "workers", "results", "force", "save"}
-PATHS = {"dataset", "data_dir"}  # of which ./data/mini and data/mini are one
 TRAINING = {"lr", "weight_decay", "momentum", "schedule", "warmup", "loss"}
 UNITS = {"epochs": "epochs", "train_size": "images", "val_size": "held out"}  # what titles call them
 
@@ -104,7 +104,7 @@ class Run:
         for key in sorted(config.keys() - self.settings.keys() - NOT_SETTINGS):
             value = config[key]
             default = defaults.get(key)
-            if key in PATHS:
+            if key == "data_dir":  # ./data/mini and data/mini are one
                 value = os.path.normpath(value)
                 default = os.path.normpath(str(default))
             if value != default:
@@ -118,10 +118,13 @@ class Run:
             raise ValueError(f"its status is {self.status}")
         rows = result["history"]
         self.epochs = config["epochs"]
+        self.optimizer = "SAM" if self.sam else "SGD"
+        self.tuning = (self.optimizer, self.epochs, self.rho, self.lr, self.weight_decay)
         self.history = {}
         for key in rows[0].keys() - {"epoch", "seconds"} if rows else []:
             values = np.array([row[key] for row in rows], float)
             self.history[key] = 100 * values if key.endswith("acc") else values
+        self.final = {}
         if self.status == "diverged":
             return
 
@@ -132,7 +135,12 @@ class Run:
         self.metric = "acc" if "test_acc" in self.history else "loss"
         sign = 1 if self.metric == "acc" else -1
         self.test = sign * self.history[f"test_{self.metric}"]
-        self.held_out = sign * self.history[f"val_{self.metric}"] if config.get("val_size") else None
+        self.held_out = self.test
+        self.stops = {"last": len(rows) - 1}  # {rule: index of the epoch}; `tuned` and `fresh` choose among runs
+        if config.get("val_size"):
+            self.held_out = sign * self.history[f"val_{self.metric}"]
+            self.stops["held-out"] = int(self.held_out.argmax())
+        self.stops["paper"] = int(self.test.argmax())
 
         loss = self.history["train_loss"]
         self.collapsed = loss[-1] > 0.99 * loss[0] and len(loss) > 1  # has learned nothing
@@ -147,26 +155,14 @@ class Run:
         if self.function:
             self.final["variation"] = variation_of_slope(self.function["x"], self.function["y"])
 
-    def rules(self):
-        """The stopping rules that it can be scored by; `tuned` and `fresh` choose among runs (see Tuned)."""
-        return ["last", "paper"] if self.held_out is None else ["last", "held-out", "paper"]
-
-    def epoch(self, rule):
-        """Index of the epoch at which a rule stops."""
-        stops = {"last": len(self.test) - 1, "paper": self.test.argmax()}
-        if self.held_out is not None:
-            stops["held-out"] = self.held_out.argmax()
-        return int(stops[rule])
-
     def score(self, rule):
         """The test score where the rule stops."""
-        return float(self.test[self.epoch(rule)])
+        return float(self.test[self.stops[rule]])
 
     def choice(self, rule):
         """The score by which rho is chosen: on held-out data; on test data where there are none, and by the paper."""
-        if rule == "paper" or self.held_out is None:
-            return self.score(rule)
-        return float(self.held_out[self.epoch(rule)])
+        scores = self.test if rule == "paper" else self.held_out
+        return float(scores[self.stops[rule]])
 
 
 def read_runs(folder):
@@ -190,9 +186,7 @@ def choose_file(one, other):
     losses = [run.history.get("test_loss", ()) for run in (one, other)]
     if one.status != other.status or not np.array_equal(*losses, equal_nan=True):
         fail(f"{one.path} and {other.path} are different results of the same run; remove one of them")
-    if one.status == "done" and other.final.get("images", 0) > one.final.get("images", 0):
-        return other
-    return one
+    return max(one, other, key=lambda run: run.final.get("images", 0))  # of equals the first
 
 
 def fail(message):
@@ -220,9 +214,8 @@ def interval(values):
     """Mean of {seed: value}, half the width of its 95% interval (nan of one seed), number of seeds."""
     values = np.array(list(values.values()), float)
     n = len(values)
-    if n < 2:
-        return float(values.mean()), math.nan, n
-    return float(values.mean()), student_t(n - 1) * values.std(ddof=1) / math.sqrt(n), n
+    half = student_t(n - 1) * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return float(values.mean()), half, n
 
 
 def difference(values, others):
@@ -237,15 +230,16 @@ def common_seeds(points):
         count.update(values.keys())
     ranked = sorted(count, key=lambda seed: (-count[seed], seed))
 
-    def places(seeds):
-        return {x for x, values in points if values.keys() >= set(seeds)}
-
-    for sizes in (range(len(ranked), 2, -1), (2, 1)):
-        choices = [ranked[:n] for n in sizes]
-        best = max(choices, key=lambda seeds: len(places(seeds)), default=[])  # of equals the first: the most seeds
-        if best and len(places(best)) > 1:
-            return best
-    return []
+    seeds = []
+    most = 1
+    for n in range(len(ranked), 0, -1):
+        if n == 2 and seeds:
+            break
+        shared = {x for x, values in points if values.keys() >= set(ranked[:n])}
+        if len(shared) > most:
+            most = len(shared)
+            seeds = ranked[:n]
+    return seeds
 
 
 def trend(points):
@@ -301,48 +295,56 @@ class Network:
         self.x = self.position if by_depth else math.log10(run.params)  # slopes: per layer, or per tenfold parameters
         self.sgd = {}
         self.sam = {}
+        self.notes = []
 
-    def add(self, run):
-        runs = self.sam.setdefault(run.rho, {}) if run.sam else self.sgd
-        runs[run.seed] = run
-
-    def pair(self):
-        """Keeps what can be compared: radii at which no seed diverged, at seeds that SGD has, too."""
-        self.diverged = {}
-        self.sgd_diverged = sorted(seed for seed, run in self.sgd.items() if run.status == "diverged")
+    def pair(self, rules):
+        """Leaves out SGD's runs that diverged, and radii at which one did; finds the best rho of each rule."""
+        diverged = sorted(seed for seed, run in self.sgd.items() if run.status == "diverged")
+        if diverged:
+            self.notes.append(f"SGD left out at seeds {diverged}, where it diverged")
         self.sgd = {seed: run for seed, run in self.sgd.items() if run.status == "done"}
-        self.all_sam = {}
+
+        shared = {}
         for rho, runs in sorted(self.sam.items()):
-            if any(run.status == "diverged" for run in runs.values()):
-                self.diverged[rho] = runs
-            else:
-                self.all_sam[rho] = runs
-        self.sam = {}
-        for rho, runs in self.all_sam.items():
-            self.sam[rho] = {seed: run for seed, run in runs.items() if seed in self.sgd}
-        self.radii, self.seeds = comparable(self.sam)
+            count = sum(run.status == "diverged" for run in runs.values())
+            alone = sorted(runs.keys() - self.sgd.keys())
+            if count:
+                self.notes.append(f"rho {rho:g} left out, {count} of {len(runs)} runs diverged")
+                del self.sam[rho]
+                continue
+            if alone:
+                self.notes.append(f"rho {rho:g} left out at seeds {alone}, no run of SGD")
+            shared[rho] = runs.keys() & self.sgd.keys()
 
-    def best_rho(self, rule):
-        return best_rho([self], rule)
-
-    def pairs(self, rule, rho=None):
-        """(SGD's run, SAM's run) of each seed, at this rho or the best."""
-        runs = self.sam.get(self.best_rho(rule) if rho is None else rho, {})
-        return [(self.sgd[seed], run) for seed, run in runs.items()]
+        self.radii, self.seeds = comparable(shared)
+        for rho, seeds in shared.items():
+            if seeds and rho not in self.radii:
+                self.notes.append(f"rho {rho:g} left out, no seed in common with the other radii")
+        if any(len(shared[rho]) > len(self.seeds) for rho in self.radii):
+            self.notes.append(f"rho is chosen on the seeds that all radii share, {self.seeds}")
+        self.rho = {rule: best_rho([self], rule) for rule in rules if self.radii}
 
     def runs(self, optimizer, rule, rho=None):
-        return [sgd if optimizer == "SGD" else sam for sgd, sam in self.pairs(rule, rho)]
+        """{seed: run} of SGD or of SAM, at the seeds that both have at this rho, or at the one that is best."""
+        sam = self.sam.get(self.rho.get(rule) if rho is None else rho, {})
+        runs = sam if optimizer == "SAM" else self.sgd
+        return {seed: runs[seed] for seed in sam if seed in self.sgd}
 
-    def gains(self, rule, rho=None):
-        return {sgd.seed: sam.score(rule) - sgd.score(rule) for sgd, sam in self.pairs(rule, rho)}
-
-    def scores(self, optimizer, rule):
-        return {run.seed: run.score(rule) for run in self.runs(optimizer, rule)}
+    def scores(self, what, rule, rho=None):
+        """{seed: test score} of SGD or of SAM, or the difference, the gain."""
+        if what == "gain":
+            return difference(self.scores("SAM", rule, rho), self.scores("SGD", rule, rho))
+        return scores(self.runs(what, rule, rho), rule)
 
     def final_values(self, optimizer, name, rho=None):
         """{seed: number after training}, such as train_loss or lambda_max, of the runs that have it."""
         runs = self.runs(optimizer, "last", rho)
-        return {run.seed: run.final[name] for run in runs if name in run.final}
+        return {seed: run.final[name] for seed, run in runs.items() if name in run.final}
+
+
+def scores(runs, rule):
+    """{seed: test score} of {seed: run}."""
+    return {seed: run.score(rule) for seed, run in runs.items()}
 
 
 def comparable(settings):
@@ -362,13 +364,12 @@ def best_rho(networks, rule):
     None where no rho is in all networks.
     """
     means = {}
-    for rho in networks[0].radii:
-        scores = []
+    in_all = [rho for rho in networks[0].radii if all(rho in network.radii for network in networks)]
+    for rho in in_all:
+        choices = []
         for network in networks:
-            if rho in network.radii:
-                scores.append([network.sam[rho][seed].choice(rule) for seed in network.seeds])
-        if len(scores) == len(networks):
-            means[rho] = np.concatenate(scores).mean()
+            choices += [network.sam[rho][seed].choice(rule) for seed in network.seeds]
+        means[rho] = np.mean(choices)
     return max(means, key=means.get, default=None)
 
 
@@ -387,18 +388,18 @@ class Sweep:
         self.rules = []
 
     def add(self, run):
-        if run.network not in self.networks:
-            self.networks[run.network] = Network(run, self.by_depth)
-        self.networks[run.network].add(run)
+        network = self.networks.setdefault(run.network, Network(run, self.by_depth))
+        runs = network.sam.setdefault(run.rho, {}) if run.sam else network.sgd
+        runs[run.seed] = run
         self.epochs = run.epochs
         if run.status == "done":
             self.metric = run.metric
-            self.rules = run.rules()
+            self.rules = list(run.stops)
 
     def pair(self):
         self.networks = dict(sorted(self.networks.items()))
         for network in self.networks.values():
-            network.pair()
+            network.pair(self.rules)
         self.paired = [network for network in self.networks.values() if network.radii]
         self.positions = [network.position for network in self.paired]
         self.radii = sorted(set().union(*(network.radii for network in self.paired)))
@@ -424,23 +425,11 @@ class Sweep:
 
     # Of each width in turn: {seed: value}
 
-    def gains(self, rule, rho=None):
-        return [network.gains(rule, rho) for network in self.paired]
-
-    def scores(self, optimizer, rule):
-        return [network.scores(optimizer, rule) for network in self.paired]
+    def scores(self, what, rule, rho=None):
+        return [network.scores(what, rule, rho) for network in self.paired]
 
     def final_values(self, optimizer, name):
         return [network.final_values(optimizer, name) for network in self.paired]
-
-    def of_as_many_weights(self, network):
-        """The network of this sweep that has as many weights as another one, or None.
-
-        Where the other one is pruned: as many as are left in it, within 5%.
-        """
-        slack = 0.05 if network.nonzero < network.params else 0
-        near = [other for other in self.paired if abs(network.nonzero / other.nonzero - 1) <= slack]
-        return min(near, key=lambda other: abs(other.nonzero - network.nonzero), default=None)
 
 
 def build_sweeps(runs):
@@ -449,9 +438,7 @@ def build_sweeps(runs):
         for model in run.models:
             settings = {**run.settings, "model": model}
             key = frozenset(settings.items())
-            if key not in sweeps:
-                sweeps[key] = Sweep(settings)
-            sweeps[key].add(run)
+            sweeps.setdefault(key, Sweep(settings)).add(run)
 
     for sweep in sweeps.values():  # SGD's runs are shared by all variants of SAM
         basic = sweeps.get(frozenset(sweep.without(*VARIANT).items()))
@@ -460,7 +447,7 @@ def build_sweeps(runs):
                 network.sgd = basic.networks[key].sgd
     for sweep in sweeps.values():
         sweep.pair()
-    kept = drop_single(list(sweeps.values()))
+    kept = drop_single(sweeps.values())
     return tuple(sorted(kept, key=lambda sweep: (sweep.noise, sweep.title("epochs"), sweep.epochs)))
 
 
@@ -472,13 +459,9 @@ def drop_single(sweeps):
     for sweep in sweeps:
         if sweep.by_depth and len(sweep.networks) > 1:
             deep.update(sweep.networks)
-    kept = []
-    for sweep in sweeps:
-        alone = len(sweep.networks) == 1
-        shown_by_depth = deep.issuperset(sweep.networks)
-        if not (alone and (sweep.by_depth or shown_by_depth)):
-            kept.append(sweep)
-    return kept
+    several = [sweep for sweep in sweeps if len(sweep.networks) > 1]
+    single = [sweep for sweep in sweeps if len(sweep.networks) == 1 and not sweep.by_depth]
+    return several + [sweep for sweep in single if deep.isdisjoint(sweep.networks)]
 
 
 def families(sweeps, *free):
@@ -501,77 +484,67 @@ def longest(family):
 FREE = {"tuned": ("epochs",), "fresh": ("epochs", "lr", "weight_decay")}  # what is chosen, together with rho
 
 
-class Tuned:
-    """SGD and SAM at one width, each with the settings that are best on held-out data, at its best held-out epoch.
-
-    tried: {(optimizer, epochs, rho, lr, weight decay): {seed: run}}; seeds to choose on; fresh: score the other seeds.
-    """
-
-    def __init__(self, tried, selection_seeds, fresh):
-        self.selection_seeds = selection_seeds
-        self.tried = Counter(name[0] for name in tried)
-        self.chosen = {"SGD": {}, "SAM": {}}
-        best = {"SGD": -math.inf, "SAM": -math.inf}
-        for name, runs in sorted(tried.items()):
-            optimizer = name[0]
-            score = np.mean([runs[seed].choice("held-out") for seed in selection_seeds])
-            if score > best[optimizer]:
-                best[optimizer] = score
-                self.chosen[optimizer] = runs
-        both = self.chosen["SGD"].keys() & self.chosen["SAM"].keys()
-        self.scored_seeds = sorted(both.intersection(selection_seeds))
-        if fresh:
-            others = sorted(both.difference(selection_seeds))
-            self.scored_seeds = others if len(others) > 2 else []
-
-    def scores(self, optimizer, rule="held-out"):
-        return {seed: self.chosen[optimizer][seed].score(rule) for seed in self.scored_seeds}
-
-    def gains(self, rule="held-out"):
-        return difference(self.scores("SAM", rule), self.scores("SGD", rule))
-
-    def run(self, optimizer):
-        return self.chosen[optimizer][self.selection_seeds[0]]
-
-
-def settings_tried(sweeps, sweep, key, free):
-    """What Tuned takes: all that was tried at one width by sweeps that differ in the free settings alone."""
-    tried = {}
-
-    def add(optimizer, rho, runs):
-        for run in list(runs.values())[:1]:
-            tried[optimizer, run.epochs, rho, run.lr, run.weight_decay] = runs
-
+def runs_tried(sweeps, sweep, key, free):
+    """All runs at one width of sweeps that differ in the free settings alone; SGD's are those of plain SAM's sweeps."""
+    runs = []
     for other in sweeps:
-        if key in other.networks and other.rules == sweep.rules:  # both with or both without held-out data
-            if other.without(*free) == sweep.without(*free, *VARIANT):
-                add("SGD", 0.0, other.networks[key].sgd)
-            if other.without(*free) == sweep.without(*free):
-                for rho, runs in other.networks[key].all_sam.items():
-                    add("SAM", rho, runs)
-    return tried
+        if key in other.networks and other.without(*free) == sweep.without(*free, *VARIANT):
+            runs += other.networks[key].sgd.values()
+        if key in other.networks and other.without(*free) == sweep.without(*free):
+            for group in other.networks[key].sam.values():
+                runs += group.values()
+    return runs
 
 
-def choose_settings(sweeps, sweep, key, rule, most_epochs=math.inf):
-    """SGD and SAM at one width, each with its best settings; None where there is no choice.
+def choose_settings(sweeps, sweep, network, rule, most_epochs=math.inf):
+    """A copy of the network with the runs of SGD and SAM at the best settings of each; None where there is no choice.
 
     tuned: epochs and rho, chosen and scored on the seeds that all settings share. fresh: rate and decay, too, chosen on
     the seeds that most settings have, of those that have them all, and scored on the others, if these are three.
     most_epochs: of SAM; SGD, which takes one gradient a step, may have twice as many.
     """
     limit = {"SGD": 2 * most_epochs, "SAM": most_epochs}
-    tried = settings_tried(sweeps, sweep, key, FREE[rule])
-    tried = {name: runs for name, runs in tried.items() if name[1] <= limit[name[0]]}
+    tried = {}
+    for run in runs_tried(sweeps, sweep, network.key, FREE[rule]):
+        if run.epochs <= limit[run.optimizer]:
+            tried.setdefault(run.tuning, {})[run.seed] = run
+
     seeds = seeds_of_most(tried) if rule == "fresh" else comparable(tried)[1]
-    complete = {name: runs for name, runs in tried.items() if runs.keys() >= set(seeds)}
-    count = Counter(name[0] for name in complete)
+    complete = {tuning: runs for tuning, runs in sorted(tried.items()) if runs.keys() >= set(seeds)}
+    count = Counter(tuning[0] for tuning in complete)
     if not seeds or count["SGD"] < 2 or count["SAM"] == 0:
         return None
-    if rule == "fresh" and len({name[3:] for name in complete}) == 1:  # one rate and decay, as in tuned
+    if rule == "fresh" and len({tuning[3:] for tuning in complete}) == 1:  # one rate and decay, as in tuned
         return None
-    best = Tuned(complete, seeds, rule == "fresh")
-    best.left_out = sorted(tried.keys() - complete.keys())
+
+    sgd = best_runs("SGD", complete, seeds)
+    sam = best_runs("SAM", complete, seeds)
+    scored = seeds
+    if rule == "fresh":
+        others = sorted((sgd.keys() & sam.keys()) - set(seeds))
+        scored = others if len(others) > 2 else []
+    rho = sam[seeds[0]].rho
+
+    best = copy.copy(network)
+    best.seeds = seeds  # which chose
+    best.tried = count
+    best.chosen = {"SGD": sgd[seeds[0]], "SAM": sam[seeds[0]]}
+    best.sgd = sgd
+    best.sam = {rho: {seed: sam[seed] for seed in scored}}
+    best.rho = {"held-out": rho, "last": rho}
+    best.notes = [f"too few seeds for the choice, {tuning}" for tuning in sorted(tried.keys() - complete.keys())]
+    if not scored:
+        best.notes.append("no gain, no three seeds beside those that chose")
     return best
+
+
+def best_runs(optimizer, settings, seeds):
+    """Of {(optimizer, ...): {seed: run}} the runs whose held-out score, mean over the seeds, is best."""
+    means = {}
+    for tuning, runs in settings.items():
+        if tuning[0] == optimizer:
+            means[tuning] = np.mean([runs[seed].choice("held-out") for seed in seeds])
+    return settings[max(means, key=means.get)]
 
 
 def seeds_of_most(settings):
@@ -584,24 +557,23 @@ def seeds_of_most(settings):
 
 @functools.cache
 def tune_widths(sweeps, sweep, rule):
-    """The networks, and the Tuned of each, at all widths of the sweeps that differ in what the rule leaves free."""
+    """At all widths of the sweeps that differ in what the rule leaves free: the network with its best settings."""
+    free = FREE[rule]
     networks = {}
     for other in sweeps:
-        if other.without(*FREE[rule]) == sweep.without(*FREE[rule]) and "held-out" in other.rules:
+        if other.without(*free) == sweep.without(*free) and "held-out" in other.rules:
             networks.update({network.key: network for network in other.paired})
-    found = {}
-    for key, network in sorted(networks.items()):
-        best = choose_settings(sweeps, sweep, key, rule)
-        if best:
-            found[network] = best
-    return list(found.keys()), list(found.values())
+    best = [choose_settings(sweeps, sweep, networks[key], rule) for key in sorted(networks)]
+    return [network for network in best if network]
 
 
 # ======================================================================================================================
 # Numbers: the rows of summary.csv
 # ======================================================================================================================
 
-MEASURES = {  # after the last epoch; training loss and accuracy are that epoch's means, at w, on the labels trained on
+# After the last epoch. Training loss and accuracy: means over that epoch, at w, on the labels trained on. The last
+# layer's share: over all epochs. The slope of ln(training loss) and its R^2: from the second epoch on.
+MEASURES = {
     "train_acc": "training accuracy",
     "train_clean_acc": "accuracy on the original training labels",
     "train_loss": "training loss",
@@ -669,14 +641,33 @@ def summarize(sweeps):
 def add_scores(table, sweep, rule):
     title = sweep.title()
     for network in sweep.paired:
-        table.add(title, rule, "best rho", (network.best_rho(rule), len(network.seeds)), network)
+        table.add(title, rule, "best rho", (network.rho[rule], len(network.seeds)), network)
     rho_for_all = best_rho(sweep.paired, rule)
     if rho_for_all is not None and len(sweep.paired) > 1:
-        table.add(title, rule, "best rho of all widths", (rho_for_all, len(sweep.paired[0].seeds)))
-    for optimizer in ("SGD", "SAM"):
-        table.add_widths(title, rule, optimizer, sweep.paired, sweep.scores(optimizer, rule))
-    for rho in [None, *sweep.radii]:
-        table.add_widths(title, rule, "gain", sweep.paired, sweep.gains(rule, rho), rho)
+        table.add(
+            title, rule, "best rho of all widths", (rho_for_all, min(len(network.seeds) for network in sweep.paired))
+        )
+    for what in ("SGD", "SAM", "gain"):
+        table.add_widths(title, rule, what, sweep.paired, sweep.scores(what, rule))
+    for rho in sweep.radii:
+        table.add_widths(title, rule, "gain", sweep.paired, sweep.scores("gain", rule, rho), rho)
+
+
+def as_many_weights(network, others):
+    """Of other networks the one of as many weights, or None; beside a pruned one: as are left in it, within 5%."""
+    slack = 0.05 if network.nonzero < network.params else 0
+    near = [other for other in others if abs(network.nonzero / other.nonzero - 1) <= slack]
+    return min(near, key=lambda other: abs(other.nonzero - network.nonzero), default=None)
+
+
+def contrasts(networks, others, rule):
+    """Each network's gains minus those of the one of the others that has as many weights."""
+    gains = []
+    for network in networks:
+        other = as_many_weights(network, others)
+        beside = other.scores("gain", rule) if other else {}
+        gains.append(difference(network.scores("gain", rule), beside))
+    return gains
 
 
 def add_contrasts(table, sweeps, sweep, rule):
@@ -690,9 +681,8 @@ def add_contrasts(table, sweeps, sweep, rule):
         if sweep.pruner and other.settings == {**sweep.settings, "pruner": None}:
             others["that of dense networks"] = other
     for name, other in others.items():
-        networks = [network for network in sweep.paired if other.of_as_many_weights(network)]
-        gains = [difference(network.gains(rule), other.of_as_many_weights(network).gains(rule)) for network in networks]
-        table.add_widths(sweep.title(), rule, f"gain - {name}", networks, gains)
+        gains = contrasts(sweep.paired, other.paired, rule)
+        table.add_widths(sweep.title(), rule, f"gain - {name}", sweep.paired, gains)
 
 
 def add_training(table, sweep):
@@ -704,8 +694,8 @@ def add_training(table, sweep):
             for rho in [None, *network.radii]:
                 table.add(title, "last", f"{measure} of SAM", network.final_values("SAM", name, rho), network, rho)
         for rho in network.radii:
-            runs = network.sam[rho].values()
-            table.add(title, "last", "collapsed runs", (sum(run.collapsed for run in runs), len(runs)), network, rho)
+            collapsed = [run.collapsed for run in network.runs("SAM", "last", rho).values()]
+            table.add(title, "last", "collapsed runs", (sum(collapsed), len(collapsed)), network, rho)
 
 
 def add_equal_gradients(table, sweeps, sweep):
@@ -718,37 +708,36 @@ def add_equal_gradients(table, sweeps, sweep):
         for rule in sweep.rules:
             gains = []
             for network in networks:
-                sgd = {seed: run.score(rule) for seed, run in twice.networks[network.key].sgd.items()}
-                gains.append(difference(network.scores("SAM", rule), sgd))
+                sgd = twice.networks[network.key].sgd
+                gains.append(difference(network.scores("SAM", rule), scores(sgd, rule)))
             table.add_widths(title, rule, "gain over SGD of twice the epochs", networks, gains)
         if "held-out" in sweep.rules:
-            best = [choose_settings(sweeps, sweep, network.key, "tuned", sweep.epochs) for network in networks]
-            gains = [one.gains() if one else {} for one in best]
+            best = [choose_settings(sweeps, sweep, network, "tuned", sweep.epochs) for network in networks]
+            gains = [one.scores("gain", "held-out") if one else {} for one in best]
             table.add_widths(title, "held-out", "gain at equal gradients", networks, gains)
 
 
 def add_tuned(table, sweeps, sweep, rule):
     title = sweep.title(*FREE[rule])
-    networks, best = tune_widths(sweeps, sweep, rule)
-    for network, one in zip(networks, best):
-        seeds = len(one.selection_seeds)
-        table.add(title, rule, "best rho", (one.run("SAM").rho, seeds), network)
-        for optimizer in ("SGD", "SAM"):
-            table.add(title, rule, f"settings of {optimizer}", (one.tried[optimizer], seeds), network)
+    networks = tune_widths(sweeps, sweep, rule)
+    for network in networks:
+        seeds = len(network.seeds)
+        table.add(title, rule, "best rho", (network.chosen["SAM"].rho, seeds), network)
+        for optimizer, run in network.chosen.items():
+            table.add(title, rule, f"settings of {optimizer}", (network.tried[optimizer], seeds), network)
             for name in FREE[rule]:
-                value = getattr(one.run(optimizer), name)
-                table.add(title, rule, f"{name.replace('_', ' ')} of {optimizer}", (value, seeds), network)
-    for optimizer in ("SGD", "SAM"):
-        table.add_widths(title, rule, optimizer, networks, [one.scores(optimizer) for one in best])
-    table.add_widths(title, rule, "gain", networks, [one.gains() for one in best])
-    table.add_widths(title, rule, "gain after the last epoch", networks, [one.gains("last") for one in best])
+                measure = f"{name.replace('_', ' ')} of {optimizer}"
+                table.add(title, rule, measure, (getattr(run, name), seeds), network)
+    for what in ("SGD", "SAM", "gain"):
+        table.add_widths(title, rule, what, networks, [network.scores(what, "held-out") for network in networks])
+    last = [network.scores("gain", "last") for network in networks]
+    table.add_widths(title, rule, "gain after the last epoch", networks, last)
 
     less = [other for other in sweeps if other.noise < sweep.noise]
     less = [other for other in less if other.without("noise", *FREE[rule]) == sweep.without("noise", *FREE[rule])]
     if less:
-        gains = {network.key: one.gains() for network, one in zip(*tune_widths(sweeps, less[-1], rule))}
-        more = [difference(one.gains(), gains.get(network.key, {})) for network, one in zip(networks, best)]
-        table.add_widths(title, rule, "gain - that at less noise", networks, more)
+        gains = contrasts(networks, tune_widths(sweeps, less[-1], rule), "held-out")
+        table.add_widths(title, rule, "gain - that at less noise", networks, gains)
 
 
 def label_fit(networks):
@@ -757,10 +746,10 @@ def label_fit(networks):
     y = []
     width = []
     for network in networks:
-        for sgd, sam in network.pairs("last"):
-            x.append(sgd.final["train_acc"] - sam.final["train_acc"])
-            y.append(sam.score("last") - sgd.score("last"))
-            width.append(math.log10(network.params))
+        fit = difference(network.final_values("SGD", "train_acc"), network.final_values("SAM", "train_acc"))
+        x += fit.values()
+        y += network.scores("gain", "last").values()
+        width += [math.log10(network.params)] * len(fit)
     return x, y, width
 
 
@@ -779,7 +768,7 @@ def add_label_fit(table, sweeps, title):
         _, r2 = straight_line(width, y)
         table.add(title, "last", "R^2 of the gain and the logarithm of the parameters", (r2, len(x)))
         both = np.column_stack([x, width, np.ones(len(x))])
-        residual = y - both @ np.linalg.lstsq(both, y)[0]
+        residual = y - both @ np.linalg.lstsq(both, y, rcond=None)[0]
         table.add(title, "last", "R^2 of the gain and both", (1 - np.var(residual) / np.var(y), len(x)))
 
 
@@ -818,7 +807,7 @@ def usual(sweeps):
     found = []
     for sweep in sweeps:
         changed = sweep.settings.keys() & (TRAINING | VARIANT)
-        if not (changed or sweep.pruner or sweep.by_depth or sweep.dataset.startswith("curve")):
+        if not (changed or sweep.pruner or sweep.by_depth or sweep.dataset in ("curve", "curve-scaled")):
             found.append(sweep)
     return found
 
@@ -847,6 +836,15 @@ def heading(sweep, *without, width=40):
     return textwrap.fill(sweep.title("val_size", *without).replace("$", r"\$"), width)
 
 
+def narrow_and_wide(row, sweep, *without):
+    """(panel, network) of the narrowest and the widest network, or of the only one, under their titles."""
+    pairs = list(zip(row, dict.fromkeys((sweep.paired[0], sweep.paired[-1]))))
+    for ax, network in pairs:
+        ax.set_title(f"{short(network.params)} parameters")
+    row[0].set_title(f"{heading(sweep, *without)}\n{row[0].get_title()}")
+    return pairs
+
+
 def draw_line(ax, x, values, label, color, style="-"):
     """Means and intervals of {seed: value} at each x; fewer than three seeds: hollow, without interval, dotted."""
     drawn = [(place, *interval(one)) for place, one in zip(x, values) if one]
@@ -861,7 +859,7 @@ def draw_line(ax, x, values, label, color, style="-"):
 def draw_gains(ax, sweep, rule, label="gain", color=SAM, style="-"):
     """SAM's gain by width, where the stopping rule says."""
     need(rule in sweep.rules, f"--val-size for {sweep.title()}")
-    draw_line(ax, sweep.positions, sweep.gains(rule), label, color, style)
+    draw_line(ax, sweep.positions, sweep.scores("gain", rule), label, color, style)
     ax.axhline(0, color="black", linewidth=0.6)
     ax.set_ylabel(GAIN[sweep.metric])
     width_axis(ax, sweep)
@@ -887,7 +885,7 @@ def draw_final(ax, sweep, name):
 def draw_epochs(ax, network, key):
     """The means over the seeds of a column of the history, by epoch, of SGD and of SAM at its best rho."""
     for optimizer, color in BOTH.items():
-        mean = np.mean([run.history[key] for run in network.runs(optimizer, "last")], axis=0)
+        mean = np.mean([run.history[key] for run in network.runs(optimizer, "last").values()], axis=0)
         ax.plot(np.arange(len(mean)) + 1, mean, color=color, linewidth=1.2, label=optimizer)
     ax.set_xlabel("epoch")
 
@@ -992,14 +990,14 @@ def draw_short_sgd(ax, sweeps, sweep):
     means = {}
     for other in lengths(sweeps, sweep):
         networks = [other.networks[network.key] for network in sweep.paired if network.key in other.networks]
-        scores = [[run.choice("last") for run in network.sgd.values()] for network in networks if network.sgd]
-        if len(scores) == len(sweep.paired):
-            means[other] = np.mean([np.mean(one) for one in scores])
+        choices = [[run.choice("last") for run in network.sgd.values()] for network in networks if network.sgd]
+        if len(choices) == len(sweep.paired):
+            means[other] = np.mean([np.mean(one) for one in choices])
     best = max(means, key=means.get)
     if best is not sweep:
         runs = [best.networks[network.key].sgd for network in sweep.paired]
-        scores = [{seed: run.score("last") for seed, run in one.items()} for one in runs]
-        draw_line(ax, sweep.positions, scores, f"SGD, {best.epochs} epochs", SGD, "--")
+        last = [scores(one, "last") for one in runs]
+        draw_line(ax, sweep.positions, last, f"SGD, {best.epochs} epochs", SGD, "--")
     for optimizer, color in BOTH.items():
         draw_line(ax, sweep.positions, sweep.scores(optimizer, "last"), f"{optimizer}, {sweep.epochs} epochs", color)
     width_axis(ax, sweep)
@@ -1009,13 +1007,14 @@ def draw_stops(ax, sweeps, sweep):
     """The gain by width, by when training stops and by what else is best for each."""
     draw_gains(ax, sweep, "last", "last epoch")
     if "held-out" in sweep.rules:
-        draw_line(ax, sweep.positions, sweep.gains("held-out"), "best held-\nout epoch", YELLOW)
+        draw_line(ax, sweep.positions, sweep.scores("gain", "held-out"), "best held-\nout epoch", YELLOW)
     for rule, label, color in (
         ("tuned", "each at its best\nnumber of epochs", GREEN),
         ("fresh", "rate and decay, too\n(on other seeds)", GREY),
     ):
-        networks, best = tune_widths(sweeps, sweep, rule)
-        draw_line(ax, [network.position for network in networks], [one.gains() for one in best], label, color)
+        networks = tune_widths(sweeps, sweep, rule)
+        gains = [network.scores("gain", "held-out") for network in networks]
+        draw_line(ax, [network.position for network in networks], gains, label, color)
     ax.set_ylabel("")
     ax.set_yscale("symlog", linthresh=1)
     points_axis(ax.yaxis)
@@ -1029,12 +1028,14 @@ def draw_label_fit(ax, sweeps):
             x, y, _ = label_fit([network])
             color = colors.get(sweep.noise, "black")
             face = color if is_mnist_mlp(sweep) else "white"
-            ax.scatter(np.mean(x), np.mean(y), 8 * (math.log10(network.params) - 3.5) ** 2, face, edgecolors=color)
+            size = 8 * max(0.5, math.log10(network.params) - 3.5) ** 2
+            ax.scatter(np.mean(x), np.mean(y), size, face, edgecolors=color)
     for line, noise in enumerate(sorted({sweep.noise for sweep in sweeps})):
         place = (0.04, 0.94 - 0.09 * line)
         ax.text(*place, f"{100 * noise:g}% flipped", color=colors.get(noise, "black"), transform=ax.transAxes)
-    if not all(is_mnist_mlp(sweep) for sweep in sweeps):
-        ax.text(0.98, 0.04, "hollow: ResNet-18", ha="right", transform=ax.transAxes)
+    others = {sweep.model for sweep in sweeps if not is_mnist_mlp(sweep)}
+    if others:
+        ax.text(0.98, 0.04, f"hollow: {', '.join(sorted(others))}", ha="right", transform=ax.transAxes)
     ax.set_xlabel("SGD's fit to the given labels\nminus SAM's (points)")
 
 
@@ -1079,9 +1080,8 @@ def training_length(sweeps):
     figure, axes = panels(len(rows), 2, sharey="row")
     for row, family in zip(axes, rows):
         sweep = longest(family)
-        for ax, network in zip(row, dict.fromkeys((sweep.paired[0], sweep.paired[-1]))):
+        for ax, network in narrow_and_wide(row, sweep, "epochs"):
             draw_lengths(ax, family, network)
-        row[0].set_title(f"{heading(sweep, 'epochs')}\n{row[0].get_title()}")
         row[1].set_visible(len(sweep.paired) > 1)
     return figure, [sweep for family in rows for sweep in family]
 
@@ -1091,7 +1091,7 @@ def draw_lengths(ax, family, network):
     found = [sweep for sweep in family if network.key in sweep.networks]
     epochs = [sweep.epochs for sweep in found]
     networks = [sweep.networks[network.key] for sweep in found]
-    sgd = [{seed: run.score("last") for seed, run in one.sgd.items()} for one in networks]
+    sgd = [scores(one.sgd, "last") for one in networks]
     draw_line(ax, epochs, sgd, "SGD", SGD)
     draw_line(ax, epochs, [one.scores("SAM", "last") for one in networks], "SAM", SAM)
     ax.set_xscale("log")
@@ -1100,7 +1100,6 @@ def draw_lengths(ax, family, network):
     ax.set_xlabel("epochs")
     ax.set_ylabel("test accuracy (%)")
     ax.label_outer()
-    ax.set_title(f"{short(network.params)} parameters")
 
 
 PAPER = {  # {parameters: gain} in points (teacher: in test loss), read off the paper's figures to about 0.01
@@ -1180,7 +1179,7 @@ def draw_by_rho(ax, sweep, network):
     labelled = network in (sweep.paired[0], sweep.paired[-1])
     ax.plot(x, y, "o-", color=color, linewidth=1, label=short(network.params) if labelled else "_")
     if len(network.radii) > 2:
-        best = 1 + network.radii.index(network.best_rho("last"))
+        best = 1 + network.radii.index(network.rho["last"])
         ax.plot(x[best], y[best], "o", markersize=8, markerfacecolor="none", color=SAM)
 
 
@@ -1199,13 +1198,10 @@ def curves(sweeps):
     need(noisy, "SGD and SAM of MLPs on MNIST with flipped labels")
     figure, axes = panels(2, len(noisy), sharex=True, sharey="row")
     for column, sweep in zip(axes.T, noisy):
-        for ax, network in zip(column, (sweep.paired[0], sweep.paired[-1])):
+        for ax, network in narrow_and_wide(column, sweep):
             draw_epochs(ax, network, "test_acc")
-            ax.set_title(f"{short(network.params)} parameters")
-        column[0].set_title(f"{heading(sweep)}\n{column[0].get_title()}")
-    for ax in axes.flat:
-        ax.set_ylabel("test accuracy (%)")
-        ax.label_outer()
+            ax.set_ylabel("test accuracy (%)")
+            ax.label_outer()
     return figure, []
 
 
@@ -1235,7 +1231,7 @@ def sharpness(sweeps):
 
 def draw_bounds(eigenvalue, spread, sweep):
     """The paper's Theorem 6.3: a (1 + rho a) <= 2 / lr; s2^2 <= 1 / (lr (lr - 2 rho)), void from rho = lr / 2 on."""
-    lr = sweep.paired[0].pairs("last")[0][0].lr
+    lr = min(run.lr for run in sweep.paired[0].sgd.values())
     radii = np.array([0, *sweep.radii])
     x = np.arange(len(radii))
     eigenvalue.plot(x, 4 / lr / (1 + np.sqrt(1 + 8 * radii / lr)), "--", color=GREY, label="bound")
@@ -1304,8 +1300,9 @@ def sparsity(sweeps):
     for ax, sweep in zip(axes, pruned):
         draw_gains(ax, sweep, "last", "pruned")
         for dense in sweeps:
-            if dense.settings == {**sweep.settings, "pruner": None} and dense.of_as_many_weights(sweep.paired[0]):
-                gain, _, _ = interval(dense.of_as_many_weights(sweep.paired[0]).gains("last"))
+            network = as_many_weights(sweep.paired[0], dense.paired)
+            if dense.settings == {**sweep.settings, "pruner": None} and network:
+                gain, _, _ = interval(network.scores("gain", "last"))
                 ax.plot(sweep.positions, [gain] * len(sweep.positions), "--", color=GREY, linewidth=1, label="dense")
         ax.set_title(heading(sweep))
         ax.set_xlabel("parameters before pruning")
@@ -1314,19 +1311,19 @@ def sparsity(sweeps):
 
 
 def regularization(sweeps):
-    """SAM's gain after the last epoch by width, with the default weight decay and without any. Clean labels."""
-    pairs = []  # of sweeps: without and with decay, whose settings are the same but for it (defaults are not in them)
-    for sweep in sweeps:
-        if sweep.paired and sweep.settings.get("weight_decay") == 0 and not sweep.noise:
-            default = [other for other in sweeps if other.settings == sweep.without("weight_decay")]
-            pairs += [(sweep, other) for other in default if other.paired]
-    need(pairs, "SGD and SAM at --weight-decay 0 and at the default")
-    figure, (axes,) = panels(1, len(pairs))
-    for ax, (without, default) in zip(axes, pairs):
-        draw_gains(ax, default, "last", "default\ndecay")
-        draw_gains(ax, without, "last", "no decay", GREY, "--")
-        ax.set_title(heading(default))
-    return figure, [without for without, _ in pairs]
+    """SAM's gain after the last epoch by width, at the default weight decay and at others. Clean labels."""
+    clean = [sweep for sweep in sweeps if sweep.paired and not sweep.noise]
+    groups = [group for group in families(clean, "weight_decay") if len(group) > 1]
+    need(groups, "SGD and SAM at --weight-decay 0 and at the default")
+    figure, (axes,) = panels(1, len(groups))
+    for ax, group in zip(axes, groups):
+        for sweep in group:
+            if "weight_decay" in sweep.settings:
+                draw_gains(ax, sweep, "last", f"decay {sweep.settings['weight_decay']:g}", GREY, "--")
+            else:
+                draw_gains(ax, sweep, "last", "default\ndecay")
+        ax.set_title(heading(group[0], "weight_decay"))
+    return figure, [sweep for group in groups for sweep in group if "weight_decay" in sweep.settings]
 
 
 def depth(sweeps):
@@ -1377,7 +1374,7 @@ def functions(sweeps):
     for row, sweep in zip(axes, rows):
         for ax, network in zip(row, (sweep.paired[0], sweep.paired[-1])):
             for optimizer, color in BOTH.items():
-                for run in network.runs(optimizer, "last"):
+                for run in network.runs(optimizer, "last").values():
                     if run.function:
                         ax.plot(run.function["x"], run.function["y"], color=color, linewidth=0.7)
             ax.plot(*CURVE, "o", color="black", markersize=3)
@@ -1395,11 +1392,10 @@ def convergence(sweeps):
     rows = need([sweep for sweep in rows if len(sweep.paired) > 1], "SGD and SAM of two widths at a constant rate")
     figure, axes = panels(len(rows), 3)
     for row, sweep in zip(axes, rows):
-        for ax, network in zip(row, (sweep.paired[0], sweep.paired[-1])):
+        for ax, network in narrow_and_wide(row, sweep):
             draw_epochs(ax, network, "train_loss")
             ax.set_yscale("log")
-            ax.set_title(f"training loss, {short(network.params)} parameters")
-        row[0].set_title(f"{heading(sweep)}\n{row[0].get_title()}")
+            ax.set_ylabel("training loss")
         draw_final(row[2], sweep, "rate_r2")
     return figure, rows
 
@@ -1438,25 +1434,25 @@ def write_csv(path, rows):
 
 
 def rounded(row):
-    """Mean and interval, to the interval's second digit and two decimals at least."""
-    if not row["half_interval"] > 0:  # of one seed, or chosen
-        return f"{row['mean']:.4g}"
+    """Mean and interval, to the interval's second digit and two decimals at least, and the number of seeds."""
+    if not row["half_interval"] > 0:  # of one seed, chosen, or the same at all seeds
+        return f"{row['mean']:.4g} ({row['seeds']})"
     digits = max(2, 1 - math.floor(math.log10(row["half_interval"])))
     mean = round(row["mean"], digits) + 0  # no -0.00
-    return f"{mean:.{digits}f} ± {row['half_interval']:.{digits}f}"
+    return f"{mean:.{digits}f} ± {row['half_interval']:.{digits}f} ({row['seeds']})"
 
 
 def pivot(rows, down, across):
     """Markdown tables of eight columns at most: a line for each value of the keys down, a column for each of across."""
     lines = {}
     for row in rows:
-        line = lines.setdefault(tuple(str(row[key]) for key in down), {"seeds": str(row["seeds"])})
+        line = lines.setdefault(tuple(str(row[key]) for key in down), {})
         line[str(row[across])] = rounded(row)
     columns = list(dict.fromkeys(str(row[across]) for row in rows))
-    room = 7 - len(down)
+    room = 8 - len(down)
     text = ""
     for start in range(0, len(columns), room):
-        names = [*columns[start : start + room], "seeds"]
+        names = columns[start : start + room]
         text += f"\n| {' | '.join([*down, *names])} |\n" + "| --- " * len([*down, *names]) + "|\n"
         for key, line in lines.items():
             text += "| " + " | ".join([*key, *(line.get(name, "") for name in names)]) + " |\n"
@@ -1484,7 +1480,8 @@ def write_summary(path, rows, chapters, notes):
     sweeps = {}
     for row in rows:
         sweeps.setdefault(row["sweep"], []).append(row)
-    text = f"# Summary\n\n{DEFINITIONS}\nAll numbers, at every rho, are in summary.csv.\n"
+    text = f"# Summary\n\n{DEFINITIONS}\n"
+    text += "In brackets: how many seeds, of R^2 pairs of runs. All numbers, at every rho, are in summary.csv.\n"
     for name, caption, titles in chapters:
         text += f"\n## {name}\n\n![{name}]({name}.png)\n\n{caption}\n"
         for title in titles:
@@ -1508,34 +1505,16 @@ def left_out(sweeps):
     for sweep in sweeps:
         for network in sweep.networks.values():
             where = f"{sweep.title()}, width {network.width}"
-            if network.sgd_diverged:
-                notes.append(f"{where}: SGD left out at seeds {network.sgd_diverged}, where it diverged")
-            for radius, runs in network.diverged.items():
-                count = sum(run.status == "diverged" for run in runs.values())
-                notes.append(f"{where}: rho {radius:g} left out, {count} of {len(runs)} runs diverged")
-            for radius, runs in network.all_sam.items():
-                alone = sorted(runs.keys() - network.sgd.keys())
-                if alone:
-                    notes.append(f"{where}: rho {radius:g} left out at seeds {alone}, no run of SGD")
-                elif radius not in network.radii:
-                    notes.append(f"{where}: rho {radius:g} left out, no seed in common with the other radii")
-            if sweep.paired and not network.all_sam:
+            notes += [f"{where}: {note}" for note in network.notes]
+            if sweep.paired and not network.sam:
                 notes.append(f"{where}: SGD left out, no run of SAM")
-            if any(len(network.sam[radius]) > len(network.seeds) for radius in network.radii):
-                notes.append(f"{where}: rho is chosen on the seeds that all radii share, {network.seeds}")
     for family in families(sweeps, "epochs"):
         if not longest(family):
             notes.append(f"{family[0].title()}: no run of SAM has one of SGD at its seed")
     for family in families(sweeps, *FREE["fresh"]):
-        where = f"{family[0].title(*FREE['fresh'])}, fresh"
-        unscored = []
-        for network, best in zip(*tune_widths(sweeps, family[0], "fresh")):
-            if not best.scored_seeds:
-                unscored.append(network.width)
-            for setting in best.left_out:
-                notes.append(f"{where}, width {network.width}: too few seeds for the choice, {setting}")
-        if unscored:
-            notes.append(f"{where}: no gain at {', '.join(unscored)}, no three seeds beside those that chose")
+        for network in tune_widths(sweeps, family[0], "fresh"):
+            where = f"{family[0].title(*FREE['fresh'])}, fresh, width {network.width}"
+            notes += [f"{where}: {note}" for note in network.notes]
     return notes
 
 

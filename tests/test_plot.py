@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -345,11 +346,29 @@ def test_fresh_never_scores_the_seeds_it_chose_on(tmp_path):
     assert [found[(*key, f"settings of {optimizer}")][0] for optimizer in ("SGD", "SAM")] == [2, 3]
 
 
+def test_a_length_that_diverged_leaves_the_others_to_be_tuned(tmp_path):
+    runs = []
+    for seed in range(3):
+        s = {"seed": seed, "val": 0.8}
+        runs += [run(acc=0.9, epochs=4, **s), run(acc=0.875, epochs=6, **s), run(0.1, acc=0.9375, epochs=4, **s)]
+        runs.append(run(epochs=2, status="diverged", **s) | {"history": []})
+    found = numbers(tmp_path, runs)
+    assert found[f"{MNIST}, 100 held out", "300-100", "", "tuned", "gain"] == (pytest.approx(3.75), 0, 3)
+
+
+def test_each_number_of_the_summary_has_its_own_number_of_seeds(tmp_path):
+    wide = [run(r, acc=0.9 + 0.1 * (r or 0), seed=seed, hidden="75-25") for r in (None, 0.25) for seed in range(3)]
+    save(tmp_path, [*wide, *pair(0.0125, rho=0.25)])
+    start(tmp_path)
+    summary = (tmp_path / "figures" / "summary.md").read_text()
+    assert re.search(r"^\| training accuracy of SAM \| last \| \S+ \(3\) \| \S+ \(1\) \|$", summary, re.MULTILINE)
+
+
 def test_what_is_chosen_is_told_before_three_seeds_can_be_scored(tmp_path):
     found = numbers(tmp_path, fresh_runs([5, 6]))
     key = f"{MNIST}, 100 held out", "300-100", "", "fresh"
     assert found[(*key, "lr of SGD")][0] == 0.3 and (*key, "gain") not in found
-    assert "fresh: no gain at 300-100, no three seeds beside those that chose" in start(tmp_path).stdout
+    assert "fresh, width 300-100: no gain, no three seeds beside those that chose" in start(tmp_path).stdout
 
 
 def test_a_setting_that_lacks_a_seed_is_no_candidate_and_is_named(tmp_path):
