@@ -1264,7 +1264,7 @@ def claims(sweeps):
     lines += claim(trends, "The gain grows with depth: slope", "slope of the gain", deep, stops)
     need(lines, "three seeds of SGD and SAM")
 
-    figure, ax = plt.subplots(figsize=(5.5, 0.4 + 0.16 * len(lines)), layout="constrained")
+    figure, ax = plt.subplots(figsize=(6.5, 0.4 + 0.16 * len(lines)), layout="constrained")
     for y, (text, row) in enumerate(lines):
         weight = "normal" if row else "bold"
         ax.text(-0.02, y, text, weight=weight, ha="right", va="center", transform=ax.get_yaxis_transform())
@@ -1288,7 +1288,7 @@ def claim(trends, heading, measure, sweeps, rules):
             free = FREE.get(rule, ())
             row = trends.get((sweep.title(*free), rule, measure))
             if row and row["seeds"] > 2:
-                lines.append((sweep.title("val_size", "train_size", "batch_size", *free) + f": {rule}", row))
+                lines.append((sweep.title("val_size", "batch_size", *free) + f": {rule}", row))
     return [(heading, None), *lines] if lines else []
 
 
