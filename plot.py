@@ -1082,6 +1082,7 @@ def training_length(sweeps):
         sweep = longest(family)
         for ax, network in narrow_and_wide(row, sweep, "epochs"):
             draw_lengths(ax, family, network)
+        row[0].set_ylabel("test accuracy (%)")
         row[1].set_visible(len(sweep.paired) > 1)
     return figure, [sweep for family in rows for sweep in family]
 
@@ -1098,8 +1099,6 @@ def draw_lengths(ax, family, network):
     ax.set_xticks(epochs, epochs)
     ax.minorticks_off()
     ax.set_xlabel("epochs")
-    ax.set_ylabel("test accuracy (%)")
-    ax.label_outer()
 
 
 PAPER = {  # {parameters: gain} in points (teacher: in test loss), read off the paper's figures to about 0.01

@@ -661,10 +661,12 @@ def test_training_length_has_each_length_at_its_own_best_rho(tmp_path):
     runs = [run(acc=[0.9, 0.875], **noisy), run(acc=[0.8, 0.9, 0.8, 0.75], **noisy)]
     runs += [run(0.1, acc=0.9, epochs=4, **noisy), run(0.2, acc=[0.8, 0.9, 0.8, 0.8125], noise=0.5, val=0.9)]
     runs += pair(0.125, acc=0.5, hidden="75-25", epochs=4, **noisy)
-    save(tmp_path, [*runs, *pair(), *pair(noise=0.5, dataset="kmnist")])
+    runs += [*pair(noise=0.5, dataset="kmnist"), run(acc=0.9, epochs=6, noise=0.5, dataset="kmnist")]
+    save(tmp_path, [*runs, *pair(), *pair(noise=0.5, dataset="svhn")])  # the last has one number of epochs
     figure, _ = plot.training_length(plot.build_sweeps(plot.read_runs(tmp_path / "results")[0]))
-    narrow, wide = figure.axes
+    kmnist, _, narrow, wide = figure.axes
     assert narrow.get_title().endswith("61k parameters") and wide.get_title() == "267k parameters"
+    assert [text.get_text() for text in kmnist.get_xticklabels() if text.get_visible()] == ["2", "6"]
     assert drawn(narrow) == {"SGD": [[4, 50]], "SAM": [[4, 62.5]]}
     assert drawn(wide) == {"SGD": [[2, 87.5], [4, 75]], "SAM": [[4, 81.25]]}
 
