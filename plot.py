@@ -955,8 +955,8 @@ def label_lines(ax):
 def front(sweeps):
     """MNIST, MLPs, half of the training labels flipped to another class.
 
-    Left: test accuracy after the last epoch, of SGD and SAM at the longest training, and of SGD at the number of epochs
-    that is best for it on held-out images. Middle: SAM's gain over SGD after the last epoch, where each run stops at
+    Left: test accuracy after the last epoch, of SGD and SAM at the longest training, and dashed at the number of epochs
+    that is best for each on held-out images. Middle: SAM's gain over SGD after the last epoch, where each run stops at
     its best held-out epoch, and where SGD and SAM also have the number of epochs that is best for each, or on other
     seeds the rate and decay, too; the axis is linear up to 1 and logarithmic above. Right: the gain after the last
     epoch, by how much better SGD fits the given, partly wrong training labels than SAM, at all fractions of flipped
@@ -968,7 +968,7 @@ def front(sweeps):
     sweep = max(mlps, key=lambda sweep: len(lengths(sweeps, sweep)))
     figure, (axes,) = panels(1, 3)
     figure.suptitle(heading(sweep, "epochs", width=1000))
-    draw_short_sgd(axes[0], sweeps, sweep)
+    draw_accuracies(axes[0], sweeps, sweep)
     draw_stops(axes[1], sweeps, sweep)
     draw_label_fit(axes[2], [other for other in usual(sweeps) if other.noise and other.dataset == "mnist"])
     axes[0].set_title("Long and short training")
@@ -985,22 +985,33 @@ def lengths(sweeps, sweep):
     return [other for other in sweeps if other.without("epochs") == sweep.without("epochs")]
 
 
-def draw_short_sgd(ax, sweeps, sweep):
-    """Accuracy by width of SGD and SAM, and of SGD at its best number of epochs, on held-out data, over the widths."""
+def draw_accuracies(ax, sweeps, sweep):
+    """Accuracy by width after the last epoch of SGD and SAM; dashed: at the number of epochs that is best for each."""
+    for optimizer, color in BOTH.items():
+        best = best_length(sweeps, sweep, optimizer)
+        if best is not sweep:
+            runs = [runs_of(best.networks[network.key], optimizer) for network in sweep.paired]
+            label = f"{optimizer}, {best.epochs} epochs"
+            draw_line(ax, sweep.positions, [scores(one, "last") for one in runs], label, color, "--")
+        draw_line(ax, sweep.positions, sweep.scores(optimizer, "last"), f"{optimizer}, {sweep.epochs} epochs", color)
+    width_axis(ax, sweep)
+
+
+def best_length(sweeps, sweep, optimizer):
+    """Of the sweeps that differ from this one in epochs alone the best on held-out data, mean over the widths."""
     means = {}
     for other in lengths(sweeps, sweep):
         networks = [other.networks[network.key] for network in sweep.paired if network.key in other.networks]
-        choices = [[run.choice("last") for run in network.sgd.values()] for network in networks if network.sgd]
+        runs = [runs_of(network, optimizer) for network in networks]
+        choices = [np.mean([run.choice("last") for run in one.values()]) for one in runs if one]
         if len(choices) == len(sweep.paired):
-            means[other] = np.mean([np.mean(one) for one in choices])
-    best = max(means, key=means.get)
-    if best is not sweep:
-        runs = [best.networks[network.key].sgd for network in sweep.paired]
-        last = [scores(one, "last") for one in runs]
-        draw_line(ax, sweep.positions, last, f"SGD, {best.epochs} epochs", SGD, "--")
-    for optimizer, color in BOTH.items():
-        draw_line(ax, sweep.positions, sweep.scores(optimizer, "last"), f"{optimizer}, {sweep.epochs} epochs", color)
-    width_axis(ax, sweep)
+            means[other] = np.mean(choices)
+    return max(means, key=means.get)
+
+
+def runs_of(network, optimizer):
+    """All of SGD's runs, also where SAM has none; SAM's at its best rho."""
+    return network.sgd if optimizer == "SGD" else network.runs("SAM", "last")
 
 
 def draw_stops(ax, sweeps, sweep):
@@ -1041,9 +1052,9 @@ def draw_label_fit(ax, sweeps):
 
 def label_noise(sweeps):
     """MNIST, a row a rate of flipped labels. Left: test accuracy after the last epoch, of SGD and SAM at the longest
-    training, and of SGD at the number of epochs that is best for it on held-out data. Right: SAM's gain after the last
-    epoch, at each run's best held-out epoch (held-out labels are clean), and where each also has its best number of
-    epochs, or on other seeds the best rate and decay, too; the axis is logarithmic above 1. rho is chosen for each
+    training, and dashed at the number of epochs that is best for each on held-out data. Right: SAM's gain after the
+    last epoch, at each run's best held-out epoch (held-out labels are clean), and where each also has its best number
+    of epochs, or on other seeds the best rate and decay, too; the axis is logarithmic above 1. rho is chosen for each
     width on held-out data."""
     rows = [sweep for sweep in main_sweeps(sweeps) if sweep.noise and is_mnist_mlp(sweep)]
     need(rows, "SGD and SAM of MLPs on MNIST with flipped labels, at the default rate, decay, schedule and loss")
@@ -1062,7 +1073,7 @@ def label_noise_elsewhere(sweeps):
 def noise_rows(sweeps, rows, sharey):
     figure, axes = panels(len(rows), 2, sharey=sharey)
     for (left, right), sweep in zip(axes, rows):
-        draw_short_sgd(left, sweeps, sweep)
+        draw_accuracies(left, sweeps, sweep)
         draw_stops(right, sweeps, sweep)
         left.set_title(heading(sweep, "epochs"), loc="left")
         left.set_ylabel("test accuracy (%)")

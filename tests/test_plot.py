@@ -671,6 +671,17 @@ def test_training_length_has_each_length_at_its_own_best_rho(tmp_path):
     assert drawn(wide) == {"SGD": [[2, 87.5], [4, 75]], "SAM": [[4, 81.25]]}
 
 
+def test_sgd_and_sam_are_drawn_at_the_longest_and_at_the_best_length_of_each(tmp_path):
+    runs = []
+    for epochs, sgd, sam in ((2, 0.875, 0.75), (3, 0.75, 0.8125), (4, 0.5, 0.625)):
+        s = {"noise": 0.5, "epochs": epochs}
+        runs += [run(acc=sgd, val=sgd, **s), run(0.1, acc=sam, val=sam, **s)]
+    save(tmp_path, runs)
+    figure, _ = plot.label_noise(plot.build_sweeps(plot.read_runs(tmp_path / "results")[0]))
+    found = {label: points[0][1] for label, points in drawn(figure.axes[0]).items()}
+    assert found == {"SGD, 2 epochs": 87.5, "SAM, 3 epochs": 81.25, "SGD, 4 epochs": 50, "SAM, 4 epochs": 62.5}
+
+
 def test_a_single_width_or_radius_is_no_figure_by_width_or_rho(tmp_path):
     save(tmp_path, pair(noise=0.5, dataset="kmnist"))
     sweeps = plot.build_sweeps(plot.read_runs(tmp_path / "results")[0])
