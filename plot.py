@@ -953,15 +953,16 @@ def label_lines(ax):
 
 
 def front(sweeps):
-    """MNIST, MLPs, half of the training labels flipped to another class.
+    """MNIST, MLPs, half of the training labels flipped to another class; held-out and test labels are clean.
 
     Left: test accuracy after the last epoch, of SGD and SAM at the longest training, and dashed at the number of epochs
-    that is best for each on held-out images. Middle: SAM's gain over SGD after the last epoch, where each run stops at
-    its best held-out epoch, and where SGD and SAM also have the number of epochs that is best for each, or on other
-    seeds the rate and decay, too; the axis is linear up to 1 and logarithmic above. Right: the gain after the last
-    epoch, by how much better SGD fits the given, partly wrong training labels than SAM, at all fractions of flipped
-    labels: a mark for each fraction, number of epochs and width (the larger, the wider), also of ResNets on MNIST.
-    SAM's radius rho is chosen for each width on held-out images. Means over seeds, with 95% intervals.
+    that is best for each over all widths, on held-out images. Middle: SAM's gain over SGD after the last epoch; where
+    each run stops at its best held-out epoch; where, besides, SGD and SAM have at each width the number of epochs that
+    is best for them; and where they have the best learning rate and weight decay, too, measured on other seeds. The
+    axis is linear up to 1 and logarithmic above. Right: the gain after the last epoch, by how much better SGD fits the
+    given, partly wrong training labels than SAM: a mark for each fraction of flipped labels, number of epochs and width
+    (the larger, the wider), also of ResNets on MNIST. SAM's radius rho is chosen for each width on held-out images.
+    Means over seeds, left and middle with 95% intervals.
     """
     mlps = [sweep for sweep in main_sweeps(sweeps) if is_mnist_mlp(sweep) and sweep.noise == 0.5]
     need(mlps, "SGD and SAM of MLPs on MNIST with half of the labels flipped")
