@@ -837,8 +837,9 @@ def heading(sweep, *without, width=40):
 
 
 def narrow_and_wide(row, sweep, *without):
-    """(panel, network) of the narrowest and the widest network, or of the only one, under their titles."""
+    """(panel, network) of the narrowest and the widest network, under their titles; of one width one panel alone."""
     pairs = list(zip(row, dict.fromkeys((sweep.paired[0], sweep.paired[-1]))))
+    row[1].set_visible(len(pairs) > 1)
     for ax, network in pairs:
         ax.set_title(f"{short(network.params)} parameters")
     row[0].set_title(f"{heading(sweep, *without)}\n{row[0].get_title()}")
@@ -1095,7 +1096,6 @@ def training_length(sweeps):
         for ax, network in narrow_and_wide(row, sweep, "epochs"):
             draw_lengths(ax, family, network)
         row[0].set_ylabel("test accuracy (%)")
-        row[1].set_visible(len(sweep.paired) > 1)
     return figure, [sweep for family in rows for sweep in family]
 
 
@@ -1104,9 +1104,9 @@ def draw_lengths(ax, family, network):
     found = [sweep for sweep in family if network.key in sweep.networks]
     epochs = [sweep.epochs for sweep in found]
     networks = [sweep.networks[network.key] for sweep in found]
-    sgd = [scores(one.sgd, "last") for one in networks]
-    draw_line(ax, epochs, sgd, "SGD", SGD)
-    draw_line(ax, epochs, [one.scores("SAM", "last") for one in networks], "SAM", SAM)
+    for optimizer, color in BOTH.items():
+        runs = [runs_of(one, optimizer) for one in networks]
+        draw_line(ax, epochs, [scores(one, "last") for one in runs], optimizer, color)
     ax.set_xscale("log")
     ax.set_xticks(epochs, epochs)
     ax.minorticks_off()

@@ -141,9 +141,10 @@ class Files:
         self.inputs = paths
         self.targets = targets
         self.loader = loader
-        # ImageNet's channels
-        self.mean = 255 * torch.tensor((0.485, 0.456, 0.406), device=targets.device).view(3, 1, 1)
-        self.std = 255 * torch.tensor((0.229, 0.224, 0.225), device=targets.device).view(3, 1, 1)
+        mean = torch.tensor((0.485, 0.456, 0.406), device=targets.device)  # of ImageNet's channels
+        std = torch.tensor((0.229, 0.224, 0.225), device=targets.device)
+        self.mean = 255 * mean.view(3, 1, 1)
+        self.std = 255 * std.view(3, 1, 1)
 
     def select(self, indices, seed=None):
         """Yields (B, 3, S, S) normalized images; an image's augmentation is a function of seed and its index."""

@@ -208,15 +208,13 @@ setup() { # setup FILE: a Python that meets these requirements: this one, or one
 }
 
 download() { # download COMMANDS: what they train on that torchvision fetches
-    local name names=
-    [ -z "$(grep -e --hidden <<<"$1" | grep -v -e --dataset)" ] || names=mnist
-    [ -z "$(grep -e --filters <<<"$1" | grep -v -e --dataset)" ] || names+=" cifar10"
-    for name in fashionmnist kmnist cifar10 cifar100 svhn; do
-        [[ ! $1 =~ "--dataset $name"([[:space:]]|$) ]] || names+=" $name"
-    done
-    for name in $names; do
-        python -c 'import common, sys; sys.argv[0] = "run.sh"; common.read_torchvision(*sys.argv[1:])' \
-            "$name" "$DATA_DIR"
+    local name commands # with the data sets that are the scripts' defaults written out
+    commands=$(sed '/--dataset/!{s/--hidden/--dataset mnist &/;s/--filters/--dataset cifar10 &/;}' <<<"$1")
+    for name in mnist cifar10 fashionmnist kmnist cifar100 svhn; do
+        if [[ $commands =~ "--dataset $name"([[:space:]]|$) ]]; then
+            python -c 'import common, sys; sys.argv[0] = "run.sh"; common.read_torchvision(*sys.argv[1:])' \
+                "$name" "$DATA_DIR"
+        fi
     done
 }
 

@@ -682,6 +682,15 @@ def test_sgd_and_sam_are_drawn_at_the_longest_and_at_the_best_length_of_each(tmp
     assert found == {"SGD, 2 epochs": 87.5, "SAM, 3 epochs": 81.25, "SGD, 4 epochs": 50, "SAM, 4 epochs": 62.5}
 
 
+def test_of_a_single_width_the_second_panel_is_left_out(tmp_path):
+    longer = run(acc=0.9, epochs=6, noise=0.5)
+    save(tmp_path, [*pair(noise=0.5), longer])
+    sweeps = plot.build_sweeps(plot.read_runs(tmp_path / "results")[0])
+    for draw in (plot.curves, plot.training_length):
+        figure, _ = draw(sweeps)
+        assert [ax.get_visible() for ax in figure.axes] == [True, False], draw
+
+
 def test_a_single_width_or_radius_is_no_figure_by_width_or_rho(tmp_path):
     save(tmp_path, pair(noise=0.5, dataset="kmnist"))
     sweeps = plot.build_sweeps(plot.read_runs(tmp_path / "results")[0])

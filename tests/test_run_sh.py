@@ -561,6 +561,7 @@ def test_what_torchvision_has_is_downloaded_first(clone, fake):
     assert downloads("data", LACKS="", ONLY="mlp_width") == [["mnist", "data"]]
     assert downloads("data", LACKS="", ONLY="resnet_width") == [["cifar10", "data"]]
     assert downloads("data", LACKS="", ONLY="teacher") == downloads("data", LACKS="", SEEDS="") == []
+    assert downloads("overnight", LACKS="", ONLY="--filters .*--dataset mnist ") == [["mnist", "data"]]
     two = downloads("overnight", LACKS="", ONLY="fashionmnist .*--epochs 12 |--filters 4 .*--epochs 25 ")
     assert two == [["cifar10", "data"], ["fashionmnist", "data"]]
 
