@@ -13,6 +13,7 @@ import datetime
 import math
 import os
 import signal
+import sys
 
 import numpy as np
 import torch
@@ -161,6 +162,7 @@ class Files:
 def leave_signals_to_the_main_process(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too; the main process ends them
     signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))
+    sys.excepthook = lambda *error: None  # one of handing over a batch as it ends; torch reports all others
 
 
 def load_images(config):
