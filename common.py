@@ -794,7 +794,8 @@ def parse(parser, settings_of):
             setattr(args, flag, default)
 
     defaults = {flag: parser.get_default(flag) for flag in vars(args)}
-    defaults.update(settings, processes=1)
+    defaults.update(settings)
+    defaults["processes"] = 1  # so that a run on several has them in its name
     for flag, default in defaults.items():
         if isinstance(default, list):
             defaults[flag] = default[0]
@@ -819,8 +820,8 @@ def parse(parser, settings_of):
 # A run's files, and its resuming
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Where and how a run happens, not what it computes: in neither its name nor what makes two runs the same. (data_dir is
-# in both: another folder may hold other data.)
+# Where and how a run happens, not what it computes: left out of its name, and of `difference`. (data_dir is not:
+# another folder may hold other data.)
 WHERE_AND_HOW = {"device", "results", "force", "save", "workers", "name", "defaults"}
 
 # What stands in a run's name in a place of its own; any other flag is added to it where it is not at its default.
@@ -1037,7 +1038,7 @@ class Recorder:
 
         for parameter, buffers in self.optimizer.state.items():
             for key, value in buffers.items():
-                # Fused kernels take such a state to lie in memory as w does; the checkpoint may be of another device.
+                # A fused kernel needs a state of w's shape to have w's strides; the checkpoint's device had others.
                 if getattr(value, "shape", None) == parameter.shape:
                     buffers[key] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
@@ -1200,8 +1201,8 @@ def warn_about_precision(configs):
 def main(parser, train, settings_of):
     """Calls train(config) for each run asked for that has no result.
 
-    settings_of: a function of the parsed flags, None where unset and a script's own among them, that returns the
-    workload's {flag: default}.
+    settings_of: called with the parsed flags, a script's own too, returns the workload's {flag: default} for those
+    that are None, which were not given.
     """
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -1,7 +1,7 @@
-"""Does SAM's gain over SGD grow with width far more where labels are noisy? The paper's Figure 5a.
+r"""Does SAM's gain over SGD grow with width far more where labels are noisy? The paper's Figure 5a.
 
     python label_noise.py --hidden 75-25 300-100 1200-400 --noise 0.25 0.5 0.75 --val-size 5000 --seed 0 1 2
-    python label_noise.py --hidden 75-25 300-100 1200-400 --noise 0.25 0.5 0.75 --val-size 5000 --seed 0 1 2 \\
+    python label_noise.py --hidden 75-25 300-100 1200-400 --noise 0.25 0.5 0.75 --val-size 5000 --seed 0 1 2 \
         --sam --rho 0.05 0.1 0.2
     python plot.py
 

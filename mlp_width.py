@@ -1,7 +1,7 @@
-"""Does SAM's gain over SGD grow with an MLP's width? MNIST and synthetic panels of the paper's Figure 1, and Figure 2.
+r"""Does SAM's gain over SGD grow with an MLP's width? MNIST and synthetic panels of the paper's Figure 1, and Figure 2.
 
     python mlp_width.py --hidden 75-25 150-50 300-100 1200-400 3000-1000 --val-size 5000 --seed 0 1 2
-    python mlp_width.py --hidden 75-25 150-50 300-100 1200-400 3000-1000 --val-size 5000 --seed 0 1 2 \\
+    python mlp_width.py --hidden 75-25 150-50 300-100 1200-400 3000-1000 --val-size 5000 --seed 0 1 2 \
         --sam --rho 0.01 0.02 0.05 0.1 0.2 0.5
     python mlp_width.py --dataset teacher --hidden 100 400 1000 --val-size 2000 --seed 0 1 2    # then with --sam
     python mlp_width.py --dataset curve --hidden 5 10 100 1000 --seed 0 1 2                     # and --sam --rho 0.2

@@ -1,7 +1,7 @@
-"""Does SAM's gain over SGD grow with a ResNet's width? The CIFAR-10 and ImageNet panels of the paper's Figure 1.
+r"""Does SAM's gain over SGD grow with a ResNet's width? The CIFAR-10 and ImageNet panels of the paper's Figure 1.
 
     python resnet_width.py --filters 4 8 16 32 64 128 256 --val-size 5000 --seed 0 1 2
-    python resnet_width.py --filters 4 8 16 32 64 128 256 --val-size 5000 --seed 0 1 2 \\
+    python resnet_width.py --filters 4 8 16 32 64 128 256 --val-size 5000 --seed 0 1 2 \
         --sam --rho 0.001 0.005 0.01 0.02 0.05 0.1 0.2 0.5 1
     python plot.py
 
@@ -102,8 +102,8 @@ def ResNet50(filters=64, channels=3, classes=1000):
 class Decoder:
     """Reads, crops and, if seeded, augments a batch of images, in a DataLoader's worker: (B, 3, size, size) uint8.
 
-    A data set whose index is a whole batch, (paths, indices, seed), since the loader has batch_size=None; seed: the
-    run's and the epoch, (seed, epoch), or None.
+    A data set whose index is a whole batch, (paths, indices, seed), which Files.select puts into the loader's sampler;
+    seed: the run's and the epoch, (seed, epoch), or None.
     """
 
     def __init__(self, size):
@@ -162,7 +162,8 @@ class Files:
 def leave_signals_to_the_main_process(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too; the main process ends them
     signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))
-    sys.excepthook = lambda *error: None  # one of handing over a batch as it ends; torch reports all others
+    # multiprocessing's thread that hands over a batch reports by this hook that the main process has gone.
+    sys.excepthook = lambda *error: None
 
 
 def load_images(config):
@@ -248,7 +249,8 @@ def build(config, data):
 
     if config.compile:
         exit_with_error("--compile: can't be used with --depth 50 on several GPUs, whose BatchNorm is synchronized")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # its layers wait for the GPU, 318 times a step of SAM
+    # Slow: each of its 53 layers waits for the GPU 6 times a step of SAM.
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def train(config):

@@ -45,7 +45,7 @@ teacher_rhos=${RHOS-0.001 0.01 0.05 0.07 0.1 0.2 0.3 0.5 0.7 1 2}
 #   python mlp_width.py --hidden 300-100 --seed 0 1 --sam --rho 0.2
 #
 # The width comes first, since widest_first sorts by it, and for `both` --rho last. An experiment of your own is a line
-# here; README and tests/test_run_sh.py say how many runs there are.
+# of `full` or `quick`; README and tests/test_run_sh.py count the runs.
 
 lines() { split python "$@"; }
 
@@ -80,7 +80,7 @@ imagenet() { # a run takes days: a line for each seed
 
 full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them from there
     local held_out="--val-size 5000 --seed $SEEDS"
-    local cifar="--val-size 5000 ${CIFAR10:+--dataset $CIFAR10}"
+    local cifar="--val-size 5000 ${CIFAR10:+--dataset $CIFAR10}" # without --seed, which wide ResNets take in quotes
     [ -n "$SEEDS" ] || return 0
 
     # The gain and the best rho by width and by depth; SGD of twice the epochs: as many gradients as SAM takes
@@ -91,7 +91,7 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
     lines mlp_width.py --hidden "$HIDDEN" --epochs 200 $held_out
     for filters in $FILTERS; do
         local resnet=(resnet_width.py --filters $filters $cifar --seed $SEEDS)
-        if [ "$filters" -ge 128 ]; then # a run takes hours: a line for each seed
+        if [ "$filters" -ge 128 ]; then # a run may take hours: a line for each seed
             resnet=(resnet_width.py --filters $filters $cifar --seed "$SEEDS")
         fi
         both "${resnet[@]}" --rho "$cifar_rhos"
@@ -132,7 +132,7 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
     both resnet_width.py --filters "4 16 64" --schedule constant --epochs 75 $cifar --seed $SEEDS --rho "${RHOS-0.05}"
 }
 
-quick() { # small networks share a line, since starting one takes seconds, too; the widest stand first
+quick() { # small networks share a line, since Python takes seconds to start; the widest stand first
     local mini="--val-size 500 --data-dir data/mini --dataset mnist"
     local two="$mini --seed 0 1" three="$mini --seed 0 1 2"
     local widths="1200-400 300-100 75-25"
@@ -282,14 +282,15 @@ sweep() { # sweep full|quick|overnight ABOUT: the commands, JOBS at a time, then
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-set_here="results|data-dir|dataset|seed|sam|rho|perturb|hidden|filters|noise|sparsity|pruner|epochs|weight-decay"
-set_here+="|momentum|schedule|loss|val-size|sharpness"
-[[ ! $FLAGS =~ --($set_here) ]] ||
-    refuse "no ${BASH_REMATCH[0]} in FLAGS, since run.sh sets it; RESULTS, FIGURES, DATA_DIR, CIFAR10 and lists do that"
 [[ $SEEDS$HIDDEN$FILTERS$NOISES${RHOS-} != *,* ]] || refuse "lists have blanks between their values, and no commas"
 [[ $FILTERS =~ ^[0-9\ ]*$ ]] || refuse "FILTERS are numbers, not $FILTERS"
 [[ ! $RESULTS$FIGURES$DATA_DIR$CIFAR10$IMAGENET =~ [[:space:]\'\"\\] ]] ||
     refuse "no folder's name may have a space, a quote or a backslash"
+for word in $FLAGS; do
+    flag=${word%%=*}
+    [[ $flag != --* || " --results --data-dir $(full)" != *" $flag "* ]] ||
+        refuse "no $flag in FLAGS, since run.sh sets it; RESULTS, FIGURES, DATA_DIR, CIFAR10 and lists do that"
+done
 
 case " $* " in *" -h "* | *" --help "*) set -- help ;; esac
 case "$*" in

@@ -1,7 +1,7 @@
-"""Does a wide network that is pruned at initialization keep SAM's gain? The paper's Figure 5b.
+r"""Does a wide network that is pruned at initialization keep SAM's gain? The paper's Figure 5b.
 
     python sparsity.py --filters 64 --sparsity 0.938 --pruner snip --val-size 5000 --seed 0 1 2
-    python sparsity.py --filters 64 --sparsity 0.938 --pruner snip --val-size 5000 --seed 0 1 2 \\
+    python sparsity.py --filters 64 --sparsity 0.938 --pruner snip --val-size 5000 --seed 0 1 2 \
         --sam --rho 0.01 0.02 0.05 0.1 0.2
     python plot.py
 

@@ -503,6 +503,7 @@ def test_a_signal_stops_everything_in_one_line(clone, fake, number):
         (["list"], {"FLAGS": "--dataset svhn"}, "CIFAR10"),
         (["list"], {"FLAGS": "--amp --epochs 10"}, "--epochs in FLAGS"),
         ([], {"FLAGS": "--seed=5"}, "--seed in FLAGS"),
+        (["list"], {"FLAGS": "--amp --sam"}, "--sam in FLAGS"),
         (["list"], {"FILTERS": "4,8"}, "no commas"),
         (["list"], {"RHOS": "0.1,0.2"}, "no commas"),
         (["list"], {"FILTERS": "all"}, "FILTERS are numbers"),
@@ -521,6 +522,15 @@ def test_what_cannot_be_done_is_one_line_and_status_2(clone, fake, argv, variabl
     assert (status, len(errors)) == (2, 1), errors
     assert errors[0].startswith(("run.sh: ", "no data")) and named in errors[0]
     assert not (clone / "calls").exists() or not any(line.startswith("mlp_width") for line in calls(clone))
+
+
+def test_the_flags_of_a_line_of_ones_own_are_not_overridden(clone):
+    text = (clone / "run.sh").read_text()
+    line = "    lines mlp_width.py --hidden 30-10 --optimizer adamw $held_out\n"
+    (clone / "run.sh").write_text(text.replace("local cifar=", "local cifar\n" + line + "    cifar=", 1))
+    status, _, errors = run(clone, "list", FLAGS="--optimizer sgd")
+    assert status == 2 and "no --optimizer in FLAGS" in errors[0]
+    assert "--optimizer adamw" in run(clone, "list", FLAGS="--amp", ONLY="optimizer")[1][0]
 
 
 @pytest.mark.parametrize(
