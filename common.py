@@ -501,7 +501,8 @@ def normalize(inputs):
 
 
 def batches(data, config, epoch, *targets):
-    """Yields an epoch's batches: the inputs, and their rows of each of `targets` (without any: of the training's own).
+    """Yields an epoch's batches: the inputs, and their rows of each of `targets`, tensors of all training images'
+    targets, which replace the data's own.
 
     Order and augmentation are functions of (seed, epoch): the same for SGD and SAM. The last, smaller batch is kept.
     """
@@ -824,7 +825,8 @@ def parse(parser, settings_of):
 # another folder may hold other data.)
 WHERE_AND_HOW = {"device", "results", "force", "save", "workers", "name", "defaults"}
 
-# What stands in a run's name in a place of its own; any other flag is added to it where it is not at its default.
+# What stands in a run's name in a place of its own; any other, one of your own
+# too, is added to it where it is not at its default.
 NAMED_FIRST = {"script", "dataset", "hidden", "filters", "noise", "pruner", "sparsity"}
 NAMED_FIRST |= {"sam", "rho", "adaptive", "seed", "perturb"}
 

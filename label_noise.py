@@ -5,12 +5,12 @@ r"""Does SAM's gain over SGD grow with width far more where labels are noisy? Th
         --sam --rho 0.05 0.1 0.2
     python plot.py
 
-Of the training labels, a fraction becomes another class, any of them equally likely ("symmetric"); held-out and test
-labels stay clean. The result file has two training accuracies: train_acc on the labels trained on, flipped or not, and
+Of the training labels, a fraction becomes another class, any of them equally likely; held-out and test labels stay
+clean. The result file has two training accuracies: train_acc on the labels trained on, flipped or not, and
 train_clean_acc on the original ones. A run takes as long as a clean one of mlp_width.py or resnet_width.py.
 
-The gain after the last epoch, tens of points, is mostly SGD fitting the flipped labels. Trained for 12 epochs in place
-of 100 (--epochs 12), SGD does not fit them, and comes close to SAM.
+The gain after the last epoch, up to tens of points, is mostly SGD fitting the flipped labels. Trained for 12 epochs in
+place of MNIST's 100 (--epochs 12), SGD does not fit them, and comes close to SAM.
 """
 
 import math
@@ -87,14 +87,14 @@ def last_layer_share(model):
     """The last layer's share of |g|^2, a tensor, 0 where g is 0."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     squares = torch.stack(torch._foreach_norm(grads)) ** 2
-    last = squares[-len(last_layer(model)) :]  # parameters() goes from module to module
+    last = squares[-len(last_layer(model)) :]  # parameters() has the modules' order
     return last.sum() / squares.sum().clamp(min=1e-38)  # no division by 0
 
 
 def choose_perturbation(model, perturb, seed, step):
-    """Changes the gradients of which SAM makes its perturbation, as --perturb says; its length is SAM's affair."""
+    """Leaves in p.grad the direction in which SAM is to perturb, as --perturb says; SAM scales it to rho."""
     if perturb == "random":
-        key = np.random.SeedSequence((seed, step, 1)).generate_state(1)  # other numbers than flips and data order draw
+        key = np.random.SeedSequence((seed, step, 1)).generate_state(1)  # not what flips and data order draw
         rng = torch.Generator(next(model.parameters()).device).manual_seed(int(key[0]))
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=rng, device=p.device)
@@ -102,7 +102,8 @@ def choose_perturbation(model, perturb, seed, step):
     if perturb in ("last", "rest"):
         last = set(last_layer(model))
         for p in model.parameters():
-            if (p in last) != (perturb == "last"):
+            perturbed = (p in last) == (perturb == "last")
+            if not perturbed:
                 p.grad = None
 
 
@@ -149,10 +150,10 @@ def train(config):
             else:
                 optimizer.step()
 
-            scores.add(outputs, y, clean_y)
+            scores.add(outputs, y, clean_y)  # the loss and accuracy on y, and the accuracy on clean_y
 
         row = {"epoch": epoch, "lr": lr}
-        row.update(scores.means("train_loss", "train_acc", "train_clean_acc"))  # on y, on y, on clean_y
+        row.update(scores.means("train_loss", "train_acc", "train_clean_acc"))
         row.update(evaluate(model, loss_fn, data.test, "test"))
         row.update(evaluate(model, loss_fn, data.val, "val"))
         if sam:
@@ -163,6 +164,7 @@ def train(config):
 
 
 def settings(args):
+    """The defaults of the workload, as {flag: value}."""
     if args.perturb != "all" and not args.sam:
         exit_with_error(f"--perturb {args.perturb}: needs --sam")
     return MNIST if args.hidden else CIFAR10
