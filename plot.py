@@ -15,7 +15,7 @@ import json
 import math
 import os
 import textwrap
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's shell may name one that is not installed
@@ -25,7 +25,8 @@ import numpy as np  # noqa: E402
 from matplotlib.ticker import FixedLocator  # noqa: E402
 
 DEFINITIONS = """\
-A sweep is a set of runs that differ in width, SGD or SAM, rho and seed alone; its title prints the other settings.
+A sweep is a set of runs that differ in width, SGD or SAM, rho and seed alone; its title prints the epochs,
+and whatever else is not at its default.
 MLP 3:1 are two hidden layers, the first three times as wide as the second, such as 300-100.
 A score is larger where it is better: test accuracy in per cent, or minus the test loss where targets are numbers.
 A gain is SAM's score minus SGD's at the same seed. A slope is per tenfold parameters, in a sweep by depth per layer.
@@ -48,7 +49,19 @@ score on held-out data, of equals the smallest. Where none are held out, all cho
 NOT_SETTINGS = {"hidden", "filters", "depth", "width", "sparsity", "sam", "rho", "seed", "script", "sharpness"}
 NOT_SETTINGS |= {"device", "workers", "results", "force", "save"}
 TRAINING = {"lr", "weight_decay", "momentum", "schedule", "warmup", "loss"}
-UNITS = {"epochs": "epochs", "train_size": "images", "val_size": "held out"}  # what titles call them
+UNITS = {"train_size": "images", "val_size": "held out"}  # what titles call them
+
+Tuning = namedtuple("Tuning", "optimizer, epochs, rho, lr, weight_decay")
+
+
+class Missing(Exception):
+    """What a figure needs and the results lack."""
+
+
+def need(found, what):
+    if not found:
+        raise Missing(what)
+    return found
 
 
 class Run:
@@ -109,8 +122,8 @@ class Run:
                 default = os.path.normpath(str(default))
             if value != default:
                 self.settings[key] = tuple(value) if isinstance(value, list) else value
-        self.network = (self.params, -self.nonzero, self.width, self.sparsity)
-        self.key = (frozenset(self.settings.items()), self.network, self.sam, self.rho, self.seed)
+        self.network_key = (self.params, -self.nonzero, self.width, self.sparsity)  # sorts by size, dense ones first
+        self.key = (frozenset(self.settings.items()), self.network_key, self.sam, self.rho, self.seed)
 
     def set_history(self, config, result):
         self.status = result["status"]
@@ -119,7 +132,7 @@ class Run:
         rows = result["history"]
         self.epochs = config["epochs"]
         self.optimizer = "SAM" if self.sam else "SGD"
-        self.tuning = (self.optimizer, self.epochs, self.rho, self.lr, self.weight_decay)
+        self.tuning = Tuning(self.optimizer, self.epochs, self.rho, self.lr, self.weight_decay)
         self.history = {}
         for key in rows[0].keys() - {"epoch", "seconds"} if rows else []:
             values = np.array([row[key] for row in rows], float)
@@ -157,12 +170,16 @@ class Run:
 
     def score(self, rule):
         """The test score where the rule stops."""
-        return float(self.test[self.stops[rule]])
+        return float(self.test[self.stop(rule)])
 
     def choice(self, rule):
         """The score by which rho is chosen: on held-out data; on test data where there are none, and by the paper."""
         scores = self.test if rule == "paper" else self.held_out
-        return float(scores[self.stops[rule]])
+        return float(scores[self.stop(rule)])
+
+    def stop(self, rule):
+        need(rule in self.stops, f"--val-size at width {self.width}")
+        return self.stops[rule]
 
 
 def read_runs(folder):
@@ -224,7 +241,9 @@ def difference(values, others):
 
 
 def common_seeds(points):
-    """The seeds of a trend over points (x, {seed: value}): three or more that the most x share; else two, or one."""
+    """The seeds of a trend over points (x, {seed: value}): of the most frequent seeds three or more that as many x as
+    possible share; else two, or one.
+    """
     count = Counter()
     for _, values in points:
         count.update(values.keys())
@@ -287,7 +306,7 @@ class Network:
     """The runs of one width: SGD's by seed, SAM's by rho and seed."""
 
     def __init__(self, run, by_depth):
-        self.key = run.network
+        self.key = run.network_key
         self.width = f"{run.width} at {run.sparsity:g}" if run.sparsity else run.width
         self.params = run.params
         self.nonzero = run.nonzero
@@ -322,11 +341,14 @@ class Network:
                 self.notes.append(f"rho {rho:g} left out, no seed in common with the other radii")
         if any(len(shared[rho]) > len(self.seeds) for rho in self.radii):
             self.notes.append(f"rho is chosen on the seeds that all radii share, {self.seeds}")
-        self.rho = {rule: best_rho([self], rule) for rule in rules if self.radii}
+        self.best_rho = {rule: choose_rho([self], rule) for rule in rules if self.radii}
 
     def runs(self, optimizer, rule, rho=None):
-        """{seed: run} of SGD or of SAM, at the seeds that both have at this rho, or at the one that is best."""
-        sam = self.sam.get(self.rho.get(rule) if rho is None else rho, {})
+        """{seed: run} of SGD or of SAM, at all seeds that both have at this rho, by default the rule's best."""
+        if rho is None and self.radii:
+            need(rule in self.best_rho, f"--val-size at width {self.width}")
+            rho = self.best_rho[rule]
+        sam = self.sam.get(rho, {})
         runs = sam if optimizer == "SAM" else self.sgd
         return {seed: runs[seed] for seed in sam if seed in self.sgd}
 
@@ -334,7 +356,7 @@ class Network:
         """{seed: test score} of SGD or of SAM, or the difference, the gain."""
         if what == "gain":
             return difference(self.scores("SAM", rule, rho), self.scores("SGD", rule, rho))
-        return scores(self.runs(what, rule, rho), rule)
+        return scores_of(self.runs(what, rule, rho), rule)
 
     def final_values(self, optimizer, name, rho=None):
         """{seed: number after training}, such as train_loss or lambda_max, of the runs that have it."""
@@ -342,7 +364,7 @@ class Network:
         return {seed: run.final[name] for seed, run in runs.items() if name in run.final}
 
 
-def scores(runs, rule):
+def scores_of(runs, rule):
     """{seed: test score} of {seed: run}."""
     return {seed: run.score(rule) for seed, run in runs.items()}
 
@@ -359,7 +381,7 @@ def comparable(settings):
     return [], []
 
 
-def best_rho(networks, rule):
+def choose_rho(networks, rule):
     """The rho that is best in the mean over the networks and the seeds that their radii share, of equals the smallest;
     None where no rho is in all networks.
     """
@@ -388,7 +410,7 @@ class Sweep:
         self.rules = []
 
     def add(self, run):
-        network = self.networks.setdefault(run.network, Network(run, self.by_depth))
+        network = self.networks.setdefault(run.network_key, Network(run, self.by_depth))
         runs = network.sam.setdefault(run.rho, {}) if run.sam else network.sgd
         runs[run.seed] = run
         self.epochs = run.epochs
@@ -415,7 +437,9 @@ class Sweep:
             parts.append(f"{100 * self.noise:g}% flipped")
         if self.pruner:
             parts.append(f"pruned ({self.pruner})")
-        for key, value in self.without("dataset", "model", "noise", "pruner", *without).items():
+        if "epochs" not in without:
+            parts.append(f"{self.epochs:,} epochs")
+        for key, value in self.without("dataset", "model", "noise", "pruner", "epochs", *without).items():
             if key in UNITS:
                 parts.append(f"{value:,} {UNITS[key]}")
             else:
@@ -452,8 +476,8 @@ def build_sweeps(runs):
 
 
 def drop_single(sweeps):
-    """A network of equal layers is in two sweeps, by width and by depth. Where it is alone in one of them, that one is
-    left out: by depth always, by width if by depth there are others beside it.
+    """A network of equal layers is in two sweeps, by width and by depth. Those by depth of one network alone are left
+    out, and those by width of one alone that is in a sweep by depth.
     """
     deep = set()
     for sweep in sweeps:
@@ -499,9 +523,9 @@ def runs_tried(sweeps, sweep, key, free):
 def choose_settings(sweeps, sweep, network, rule, most_epochs=math.inf):
     """A copy of the network with the runs of SGD and SAM at the best settings of each; None where there is no choice.
 
-    tuned: epochs and rho, chosen and scored on the seeds that all settings share. fresh: rate and decay, too, chosen on
-    the seeds that most settings have, of those that have them all, and scored on the others, if these are three.
-    most_epochs: of SAM; SGD, which takes one gradient a step, may have twice as many.
+    tuned: epochs and rho, chosen and scored on the seeds that all settings share. fresh: rate and decay, too; chosen on
+    the seeds that more than half of the settings have, among the settings that have all of these, and scored on the
+    other seeds, if these are three. most_epochs: of SAM; SGD, which takes one gradient a step, may have twice as many.
     """
     limit = {"SGD": 2 * most_epochs, "SAM": most_epochs}
     tried = {}
@@ -511,10 +535,10 @@ def choose_settings(sweeps, sweep, network, rule, most_epochs=math.inf):
 
     seeds = seeds_of_most(tried) if rule == "fresh" else comparable(tried)[1]
     complete = {tuning: runs for tuning, runs in sorted(tried.items()) if runs.keys() >= set(seeds)}
-    count = Counter(tuning[0] for tuning in complete)
+    count = Counter(tuning.optimizer for tuning in complete)
     if not seeds or count["SGD"] < 2 or count["SAM"] == 0:
         return None
-    if rule == "fresh" and len({tuning[3:] for tuning in complete}) == 1:  # one rate and decay, as in tuned
+    if rule == "fresh" and len({(tuning.lr, tuning.weight_decay) for tuning in complete}) == 1:  # as in tuned
         return None
 
     sgd = best_runs("SGD", complete, seeds)
@@ -531,18 +555,18 @@ def choose_settings(sweeps, sweep, network, rule, most_epochs=math.inf):
     best.chosen = {"SGD": sgd[seeds[0]], "SAM": sam[seeds[0]]}
     best.sgd = sgd
     best.sam = {rho: {seed: sam[seed] for seed in scored}}
-    best.rho = {"held-out": rho, "last": rho}
-    best.notes = [f"too few seeds for the choice, {tuning}" for tuning in sorted(tried.keys() - complete.keys())]
+    best.best_rho = {"held-out": rho, "last": rho}
+    best.notes = [f"too few seeds for the choice, {tuple(tuning)}" for tuning in sorted(tried.keys() - complete.keys())]
     if not scored:
         best.notes.append("no gain, no three seeds beside those that chose")
     return best
 
 
 def best_runs(optimizer, settings, seeds):
-    """Of {(optimizer, ...): {seed: run}} the runs whose held-out score, mean over the seeds, is best."""
+    """Of {tuning: {seed: run}} the optimizer's runs whose held-out score, mean over the seeds, is best."""
     means = {}
     for tuning, runs in settings.items():
-        if tuning[0] == optimizer:
+        if tuning.optimizer == optimizer:
             means[tuning] = np.mean([runs[seed].choice("held-out") for seed in seeds])
     return settings[max(means, key=means.get)]
 
@@ -571,8 +595,9 @@ def tune_widths(sweeps, sweep, rule):
 # Numbers: the rows of summary.csv
 # ======================================================================================================================
 
-# After the last epoch. Training loss and accuracy: means over that epoch, at w, on the labels trained on. The last
-# layer's share: over all epochs. The slope of ln(training loss) and its R^2: from the second epoch on.
+# After the last epoch. Training loss and accuracy: means over that epoch, at the weights before SAM moves them, on the
+# labels trained on. The last layer's share: over all epochs. The slope of ln(training loss), and its R^2: from the
+# second epoch on.
 MEASURES = {
     "train_acc": "training accuracy",
     "train_clean_acc": "accuracy on the original training labels",
@@ -612,7 +637,7 @@ class Table:
         for network, one in zip(networks, values):
             self.add(title, rule, measure, one, network, rho)
         slopes, means = trend([(network.x, one) for network, one in zip(networks, values)])
-        name = "the gain" + measure[4:] if measure.startswith("gain") else measure
+        name = measure.replace("gain", "the gain", 1) if measure.startswith("gain") else measure
         self.add(title, rule, f"slope of {name}", slopes, rho=rho)
         self.add(title, rule, f"mean {measure}", means, rho=rho)
 
@@ -641,12 +666,11 @@ def summarize(sweeps):
 def add_scores(table, sweep, rule):
     title = sweep.title()
     for network in sweep.paired:
-        table.add(title, rule, "best rho", (network.rho[rule], len(network.seeds)), network)
-    rho_for_all = best_rho(sweep.paired, rule)
+        table.add(title, rule, "best rho", (network.best_rho[rule], len(network.seeds)), network)
+    rho_for_all = choose_rho(sweep.paired, rule)
     if rho_for_all is not None and len(sweep.paired) > 1:
-        table.add(
-            title, rule, "best rho of all widths", (rho_for_all, min(len(network.seeds) for network in sweep.paired))
-        )
+        fewest = min(len(network.seeds) for network in sweep.paired)
+        table.add(title, rule, "best rho of all widths", (rho_for_all, fewest))
     for what in ("SGD", "SAM", "gain"):
         table.add_widths(title, rule, what, sweep.paired, sweep.scores(what, rule))
     for rho in sweep.radii:
@@ -709,7 +733,7 @@ def add_equal_gradients(table, sweeps, sweep):
             gains = []
             for network in networks:
                 sgd = twice.networks[network.key].sgd
-                gains.append(difference(network.scores("SAM", rule), scores(sgd, rule)))
+                gains.append(difference(network.scores("SAM", rule), scores_of(sgd, rule)))
             table.add_widths(title, rule, "gain over SGD of twice the epochs", networks, gains)
         if "held-out" in sweep.rules:
             best = [choose_settings(sweeps, sweep, network, "tuned", sweep.epochs) for network in networks]
@@ -792,18 +816,8 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "line
 plt.rcParams["axes.formatter.min_exponent"] = 4  # 0.2 on a log axis
 
 
-class Missing(Exception):
-    """What a figure needs and the results lack."""
-
-
-def need(found, what):
-    if not found:
-        raise Missing(what)
-    return found
-
-
 def usual(sweeps):
-    """The sweeps at the default rate, decay, schedule and loss, of plain SAM (VARIANT); no pruning, depths, curves."""
+    """The sweeps by width of plain SAM (VARIANT) at the default TRAINING, not pruned, not of one-dimensional data."""
     found = []
     for sweep in sweeps:
         changed = sweep.settings.keys() & (TRAINING | VARIANT)
@@ -825,20 +839,26 @@ def is_mnist_mlp(sweep):
     return sweep.dataset == "mnist" and sweep.model.startswith("MLP")
 
 
+def noisy_mnist_mlps(sweeps):
+    noisy = [sweep for sweep in main_sweeps(sweeps) if sweep.noise and is_mnist_mlp(sweep)]
+    return need(noisy, "SGD and SAM of MLPs on MNIST with flipped labels, at the default rate and decay")
+
+
 def panels(rows, columns, **sharing):
     """A figure of panels of 7 by 5.5 cm, and its axes, a list of rows."""
     size = (2.75 * columns, 2.2 * rows + 0.2)
     return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **sharing)
 
 
-def heading(sweep, *without, width=40):
+def heading(sweep, *without, characters=40):
     """A sweep's title but for what is held out, in lines that a panel has room for; no mathematics in folder names."""
-    return textwrap.fill(sweep.title("val_size", *without).replace("$", r"\$"), width)
+    return textwrap.fill(sweep.title("val_size", *without).replace("$", r"\$"), characters)
 
 
 def narrow_and_wide(row, sweep, *without):
     """(panel, network) of the narrowest and the widest network, under their titles; of one width one panel alone."""
-    pairs = list(zip(row, dict.fromkeys((sweep.paired[0], sweep.paired[-1]))))
+    networks = dict.fromkeys((sweep.paired[0], sweep.paired[-1]))  # once, where they are one
+    pairs = list(zip(row, networks))
     row[1].set_visible(len(pairs) > 1)
     for ax, network in pairs:
         ax.set_title(f"{short(network.params)} parameters")
@@ -859,7 +879,6 @@ def draw_line(ax, x, values, label, color, style="-"):
 
 def draw_gains(ax, sweep, rule, label="gain", color=SAM, style="-"):
     """SAM's gain by width, where the stopping rule says."""
-    need(rule in sweep.rules, f"--val-size for {sweep.title()}")
     draw_line(ax, sweep.positions, sweep.scores("gain", rule), label, color, style)
     ax.axhline(0, color="black", linewidth=0.6)
     ax.set_ylabel(GAIN[sweep.metric])
@@ -868,7 +887,6 @@ def draw_gains(ax, sweep, rule, label="gain", color=SAM, style="-"):
 
 def draw_scores(ax, sweep, rule):
     """SGD's and SAM's scores by width, where the stopping rule says."""
-    need(rule in sweep.rules, f"--val-size for {sweep.title()}")
     for optimizer, color in BOTH.items():
         draw_line(ax, sweep.positions, sweep.scores(optimizer, rule), optimizer, color)
     ax.set_ylabel(SCORE[sweep.metric])
@@ -876,7 +894,7 @@ def draw_scores(ax, sweep, rule):
 
 
 def draw_final(ax, sweep, name):
-    """A number after training, its title, by width: of SGD, and of SAM at each width's best rho by the last epoch."""
+    """A number after training, the panel's title, by width: of SGD, and of SAM at its best rho by the last epoch."""
     for optimizer, color in BOTH.items():
         draw_line(ax, sweep.positions, sweep.final_values(optimizer, name), optimizer, color)
     ax.set_title(MEASURES[name])
@@ -884,7 +902,7 @@ def draw_final(ax, sweep, name):
 
 
 def draw_epochs(ax, network, key):
-    """The means over the seeds of a column of the history, by epoch, of SGD and of SAM at its best rho."""
+    """The means over the seeds of a column of the history, by epoch: SGD's, and SAM's at its best rho by the last."""
     for optimizer, color in BOTH.items():
         mean = np.mean([run.history[key] for run in network.runs(optimizer, "last").values()], axis=0)
         ax.plot(np.arange(len(mean)) + 1, mean, color=color, linewidth=1.2, label=optimizer)
@@ -914,6 +932,11 @@ def rho_axis(ax, sweep):
     """SGD at 0, then the radii, evenly spaced."""
     ax.set_xticks(range(1 + len(sweep.radii)), ["SGD", *(f"{radius:g}" for radius in sweep.radii)])
     ax.set_xlabel("rho")
+
+
+def places_of(sweep, network):
+    """Of SGD, and of a network's radii, on a rho axis."""
+    return [0, *(1 + sweep.radii.index(radius) for radius in network.radii)]
 
 
 def width_color(sweep, network):
@@ -948,8 +971,8 @@ def label_lines(ax):
 
 
 # ======================================================================================================================
-# The figures. Each takes all sweeps and returns the picture, and the sweeps whose numbers stand below it in summary.md:
-# none where an earlier figure has them. Lines that have a label get it beside their last point. A short example: depth.
+# The figures. Each takes all sweeps and returns the picture, and sweeps, whose numbers stand in summary.md below the
+# first figure that returns them. Lines that have a label get it beside their last point. A short example: depth.
 # ======================================================================================================================
 
 
@@ -969,12 +992,12 @@ def front(sweeps):
     need(mlps, "SGD and SAM of MLPs on MNIST with half of the labels flipped")
     sweep = max(mlps, key=lambda sweep: len(lengths(sweeps, sweep)))
     figure, (axes,) = panels(1, 3)
-    figure.suptitle(heading(sweep, "epochs", width=1000))
-    draw_accuracies(axes[0], sweeps, sweep)
+    figure.suptitle(heading(sweep, "epochs", characters=1000))
+    draw_accuracies(axes[0], sweeps, sweep, "last")
     draw_stops(axes[1], sweeps, sweep)
     draw_label_fit(axes[2], [other for other in usual(sweeps) if other.noise and other.dataset == "mnist"])
     axes[0].set_title("Long and short training")
-    axes[0].set_ylabel("test accuracy (%)")
+    axes[0].set_ylabel(SCORE["acc"])
     axes[1].set_title("Gain, by when training stops")
     axes[1].set_ylabel("SAM's gain (points)")
     axes[2].set_title("Gain, by fit to given labels")
@@ -983,37 +1006,37 @@ def front(sweeps):
 
 
 def lengths(sweeps, sweep):
-    """This sweep, and those that differ from it in the number of epochs alone, of SGD alone or with SAM."""
+    """This sweep, and those that differ from it in the number of epochs alone, also where they have no SAM."""
     return [other for other in sweeps if other.without("epochs") == sweep.without("epochs")]
 
 
-def draw_accuracies(ax, sweeps, sweep):
-    """Accuracy by width after the last epoch of SGD and SAM; dashed: at the number of epochs that is best for each."""
+def draw_accuracies(ax, sweeps, sweep, rule):
+    """SGD's and SAM's scores by width; dashed: at the number of epochs that is best for each."""
     for optimizer, color in BOTH.items():
-        best = best_length(sweeps, sweep, optimizer)
+        best = best_length(sweeps, sweep, optimizer, rule)
         if best is not sweep:
-            runs = [runs_of(best.networks[network.key], optimizer) for network in sweep.paired]
+            runs = [runs_of(best.networks[network.key], optimizer, rule) for network in sweep.paired]
             label = f"{optimizer}, {best.epochs} epochs"
-            draw_line(ax, sweep.positions, [scores(one, "last") for one in runs], label, color, "--")
-        draw_line(ax, sweep.positions, sweep.scores(optimizer, "last"), f"{optimizer}, {sweep.epochs} epochs", color)
+            draw_line(ax, sweep.positions, [scores_of(one, rule) for one in runs], label, color, "--")
+        draw_line(ax, sweep.positions, sweep.scores(optimizer, rule), f"{optimizer}, {sweep.epochs} epochs", color)
     width_axis(ax, sweep)
 
 
-def best_length(sweeps, sweep, optimizer):
+def best_length(sweeps, sweep, optimizer, rule):
     """Of the sweeps that differ from this one in epochs alone the best on held-out data, mean over the widths."""
     means = {}
     for other in lengths(sweeps, sweep):
         networks = [other.networks[network.key] for network in sweep.paired if network.key in other.networks]
-        runs = [runs_of(network, optimizer) for network in networks]
-        choices = [np.mean([run.choice("last") for run in one.values()]) for one in runs if one]
+        runs = [runs_of(network, optimizer, rule) for network in networks]
+        choices = [np.mean([run.choice(rule) for run in one.values()]) for one in runs if one]
         if len(choices) == len(sweep.paired):
             means[other] = np.mean(choices)
     return max(means, key=means.get)
 
 
-def runs_of(network, optimizer):
-    """All of SGD's runs, also where SAM has none; SAM's at its best rho."""
-    return network.sgd if optimizer == "SGD" else network.runs("SAM", "last")
+def runs_of(network, optimizer, rule):
+    """All of SGD's runs, also where SAM has none; SAM's at the rule's best rho."""
+    return network.sgd if optimizer == "SGD" else network.runs("SAM", rule)
 
 
 def draw_stops(ax, sweeps, sweep):
@@ -1054,13 +1077,11 @@ def draw_label_fit(ax, sweeps):
 
 def label_noise(sweeps):
     """MNIST, a row a rate of flipped labels. Left: test accuracy after the last epoch, of SGD and SAM at the longest
-    training, and dashed at the number of epochs that is best for each on held-out data. Right: SAM's gain after the
-    last epoch, at each run's best held-out epoch (held-out labels are clean), and where each also has its best number
-    of epochs, or on other seeds the best rate and decay, too; the axis is logarithmic above 1. rho is chosen for each
-    width on held-out data."""
-    rows = [sweep for sweep in main_sweeps(sweeps) if sweep.noise and is_mnist_mlp(sweep)]
-    need(rows, "SGD and SAM of MLPs on MNIST with flipped labels, at the default rate, decay, schedule and loss")
-    return noise_rows(sweeps, rows, sharey="col")
+    training, and dashed at the number of epochs that is best for each over all widths, on held-out data. Right: SAM's
+    gain after the last epoch, at each run's best held-out epoch (held-out labels are clean), and where each also has
+    its best number of epochs, or on other seeds the best rate and decay, too; the axis is logarithmic above 1. rho is
+    chosen for each width on held-out data."""
+    return noise_rows(sweeps, noisy_mnist_mlps(sweeps), sharey="col")
 
 
 def label_noise_elsewhere(sweeps):
@@ -1075,11 +1096,11 @@ def label_noise_elsewhere(sweeps):
 def noise_rows(sweeps, rows, sharey):
     figure, axes = panels(len(rows), 2, sharey=sharey)
     for (left, right), sweep in zip(axes, rows):
-        draw_accuracies(left, sweeps, sweep)
+        draw_accuracies(left, sweeps, sweep, "last")
         draw_stops(right, sweeps, sweep)
         left.set_title(heading(sweep, "epochs"), loc="left")
-        left.set_ylabel("test accuracy (%)")
-        right.set_ylabel("gain (points)")
+        left.set_ylabel(SCORE["acc"])
+        right.set_ylabel(GAIN["acc"])
     return figure, [other for sweep in rows for other in lengths(sweeps, sweep)]
 
 
@@ -1095,7 +1116,7 @@ def training_length(sweeps):
         sweep = longest(family)
         for ax, network in narrow_and_wide(row, sweep, "epochs"):
             draw_lengths(ax, family, network)
-        row[0].set_ylabel("test accuracy (%)")
+        row[0].set_ylabel(SCORE["acc"])
     return figure, [sweep for family in rows for sweep in family]
 
 
@@ -1105,8 +1126,8 @@ def draw_lengths(ax, family, network):
     epochs = [sweep.epochs for sweep in found]
     networks = [sweep.networks[network.key] for sweep in found]
     for optimizer, color in BOTH.items():
-        runs = [runs_of(one, optimizer) for one in networks]
-        draw_line(ax, epochs, [scores(one, "last") for one in runs], optimizer, color)
+        runs = [runs_of(one, optimizer, "last") for one in networks]
+        draw_line(ax, epochs, [scores_of(one, "last") for one in runs], optimizer, color)
     ax.set_xscale("log")
     ax.set_xticks(epochs, epochs)
     ax.minorticks_off()
@@ -1146,16 +1167,16 @@ def gain_by_width(sweeps):
     clean = [sweep for sweep in main_sweeps(sweeps) if not sweep.noise]
     need(clean, "SGD and SAM on clean labels, at the default rate, decay, schedule and loss")
     figure, axes = panels(2, len(clean), sharex="col")
-    for gains, scores, sweep in zip(*axes, clean):
-        draw_scores(scores, sweep, "paper")
-        draw_gains(gains, sweep, "paper", "here")
-        gains.set_xlabel("")
-        gains.set_title(heading(sweep))
+    for above, below, sweep in zip(*axes, clean):
+        draw_gains(above, sweep, "paper", "here")
+        draw_scores(below, sweep, "paper")
+        above.set_xlabel("")
+        above.set_title(heading(sweep))
         paper = paper_gains(sweep)
         if paper:
-            gains.plot(paper.keys(), paper.values(), "x--", color=GREY, linewidth=1, label="paper")
+            above.plot(paper.keys(), paper.values(), "x--", color=GREY, linewidth=1, label="paper")
         for constant in (-1, -1.306) if sweep.dataset == "teacher" else ():
-            scores.axhline(constant, linestyle="--", color=GREY, linewidth=0.8)
+            below.axhline(constant, linestyle="--", color=GREY, linewidth=0.8)
     return figure, clean
 
 
@@ -1183,14 +1204,14 @@ def rho(sweeps):
 def draw_by_rho(ax, sweep, network):
     """One width's scores, SGD's first."""
     color = width_color(sweep, network)
-    x = [0, *(1 + sweep.radii.index(radius) for radius in network.radii)]
+    x = places_of(sweep, network)
     y = []
     for runs in (network.sgd, *(network.sam[radius] for radius in network.radii)):
         y.append(np.mean([runs[seed].score("last") for seed in network.seeds]))
     labelled = network in (sweep.paired[0], sweep.paired[-1])
     ax.plot(x, y, "o-", color=color, linewidth=1, label=short(network.params) if labelled else "_")
     if len(network.radii) > 2:
-        best = 1 + network.radii.index(network.rho["last"])
+        best = 1 + network.radii.index(network.best_rho["last"])
         ax.plot(x[best], y[best], "o", markersize=8, markerfacecolor="none", color=SAM)
 
 
@@ -1205,13 +1226,12 @@ def count_collapsed(ax, place, groups):
 def curves(sweeps):
     """MNIST with flipped labels: test accuracy over the epochs at the longest training, mean over seeds; above the
     narrowest network, below the widest. rho is the one that is best after the last epoch, on held-out data."""
-    noisy = [sweep for sweep in main_sweeps(sweeps) if sweep.noise and is_mnist_mlp(sweep)]
-    need(noisy, "SGD and SAM of MLPs on MNIST with flipped labels")
+    noisy = noisy_mnist_mlps(sweeps)
     figure, axes = panels(2, len(noisy), sharex=True, sharey="row")
     for column, sweep in zip(axes.T, noisy):
         for ax, network in narrow_and_wide(column, sweep):
             draw_epochs(ax, network, "test_acc")
-            ax.set_ylabel("test accuracy (%)")
+            ax.set_ylabel(SCORE["acc"])
             ax.label_outer()
     return figure, []
 
@@ -1229,9 +1249,8 @@ def sharpness(sweeps):
             for network in sweep.paired:
                 if network.final_values("SGD", "lambda_max"):
                     values = [network.final_values("SAM", name, radius) for radius in network.radii]
-                    x = [0, *(1 + sweep.radii.index(radius) for radius in network.radii)]
                     values.insert(0, network.final_values("SGD", name))
-                    draw_line(ax, x, values, short(network.params), width_color(sweep, network))
+                    draw_line(ax, places_of(sweep, network), values, short(network.params), width_color(sweep, network))
             ax.set_title(MEASURES[name])
             rho_axis(ax, sweep)
         row[0].set_title(f"{heading(sweep)}\n{MEASURES['lambda_max']}")

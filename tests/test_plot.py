@@ -449,7 +449,7 @@ def test_sgds_runs_are_shared_by_the_variants_of_sam(tmp_path):
         if (width, rho, rule, measure) == ("300-100", "", "last", "gain"):
             gains[title.removeprefix(f"{MNIST}, ")] = found[title, width, rho, rule, measure][0]
     assert gains == pytest.approx(
-        {"2 epochs": 1, "2 epochs, perturb rest": 3, "2 epochs, perturb last": 4, "adaptive, 2 epochs": 5}
+        {"2 epochs": 1, "2 epochs, perturb rest": 3, "2 epochs, perturb last": 4, "2 epochs, adaptive": 5}
     )
 
 
@@ -794,6 +794,19 @@ def test_a_figure_by_a_rule_that_a_sweep_lacks_says_what_it_needs(tmp_path):
     save(tmp_path, pair())
     runs, _ = plot.read_runs(tmp_path / "results")
     (sweep,) = plot.build_sweeps(runs)
-    for draw in (plot.draw_gains, plot.draw_scores):
-        with pytest.raises(plot.Missing, match=f"--val-size for {MNIST}"):
+    draws = [plot.draw_gains, plot.draw_scores, lambda ax, *args: plot.draw_accuracies(ax, [sweep], *args)]
+    for draw in draws:
+        with pytest.raises(plot.Missing, match="--val-size at width 300-100"):
             draw(plot.plt.figure().subplots(), sweep, "held-out")
+
+
+def test_what_is_over_all_lengths_is_not_titled_as_the_default_length(tmp_path):
+    runs = []
+    for hidden in ("75-25", "300-100"):
+        for epochs in (2, DEFAULTS["epochs"]):
+            runs += pair(epochs / 500, hidden=hidden, noise=0.5, epochs=epochs, val=0.8)
+    found = numbers(tmp_path, runs)
+    default = f"{MNIST}, 50% flipped, {DEFAULTS['epochs']} epochs, 100 held out"
+    assert {rule for title, _, _, rule, _ in found if title == default} == {"last", "held-out", "paper"}
+    assert not any(measure.startswith("R^2") for title, *_, measure in found if title == default)
+    assert (f"{MNIST}, 50% flipped, 100 held out", "300-100", "", "tuned", "gain") in found
