@@ -1067,11 +1067,11 @@ def draw_label_fit(ax, sweeps):
             size = 8 * max(0.5, math.log10(network.params) - 3.5) ** 2
             ax.scatter(np.mean(x), np.mean(y), size, face, edgecolors=color)
     for line, noise in enumerate(sorted({sweep.noise for sweep in sweeps})):
-        place = (0.04, 0.94 - 0.09 * line)
+        place = (1.02, 0.94 - 0.09 * line)
         ax.text(*place, f"{100 * noise:g}% flipped", color=colors.get(noise, "black"), transform=ax.transAxes)
     others = {sweep.model for sweep in sweeps if not is_mnist_mlp(sweep)}
     if others:
-        ax.text(0.98, 0.04, f"hollow: {', '.join(sorted(others))}", ha="right", transform=ax.transAxes)
+        ax.text(1.02, 0.04, "\n".join(["hollow:", *sorted(others)]), transform=ax.transAxes)
     ax.set_xlabel("SGD's fit to the given labels\nminus SAM's (points)")
 
 
