@@ -223,9 +223,12 @@ def test_one_rho_for_all_widths_is_best_in_the_mean(tmp_path):
     best = {"75-25": {0.1: 0.95, 0.2: 0.90, 0.5: 0.99}, "300-100": {0.1: 0.90, 0.2: 0.94, 0.05: 1.0}}
     runs = [run(acc=0.8, hidden=h) for h in best]
     runs += [run(rho, acc, hidden=h) for h, accs in best.items() for rho, acc in accs.items()]
+    runs += [
+        result | {"config": result["config"] | {"seed": 1}} for result in runs if "75" in result["config"]["hidden"]
+    ]
     found = numbers(tmp_path, runs)
     title = f"{MNIST}, 2 epochs"
-    assert found[title, "", "", "last", "best rho of all widths"][0] == 0.1  # 92.5 against 92; others aren't in both
+    assert found[title, "", "", "last", "best rho of all widths"][::2] == (0.1, 1)  # 92.5 against 92
     decades = math.log10(266_610 / 61_035)
     assert found[title, "", "0.1", "last", "slope of the gain"][0] == pytest.approx((10 - 15) / decades, rel=1e-5)
     assert found[title, "", "", "last", "slope of the gain"][0] == pytest.approx((20 - 19) / decades, rel=1e-5)
@@ -344,6 +347,13 @@ def test_fresh_never_scores_the_seeds_it_chose_on(tmp_path):
     assert found[(*key, "lr of SGD")][0] == 0.3 and found[(*key, "weight decay of SAM")][0] == 0.001
     assert found[(*key, "best rho")][0] == 0.2
     assert [found[(*key, f"settings of {optimizer}")][0] for optimizer in ("SGD", "SAM")] == [2, 3]
+
+
+def test_fresh_needs_another_rate_or_another_decay_alone(tmp_path):
+    runs = [run(r, seed=seed, val=0.9, weight_decay=d) for r in (None, 0.1) for seed in range(5) for d in (0, 1e-4)]
+    runs = [result for result in runs if result["config"]["seed"] < 2 or result["config"]["weight_decay"]]
+    found = numbers(tmp_path, runs)
+    assert found[f"{MNIST}, 100 held out", "300-100", "", "fresh", "settings of SGD"][::2] == (2, 2)
 
 
 def test_a_length_that_diverged_leaves_the_others_to_be_tuned(tmp_path):
@@ -680,6 +690,38 @@ def test_sgd_and_sam_are_drawn_at_the_longest_and_at_the_best_length_of_each(tmp
     figure, _ = plot.label_noise(plot.build_sweeps(plot.read_runs(tmp_path / "results")[0]))
     found = {label: points[0][1] for label, points in drawn(figure.axes[0]).items()}
     assert found == {"SGD, 2 epochs": 87.5, "SAM, 3 epochs": 81.25, "SGD, 4 epochs": 50, "SAM, 4 epochs": 62.5}
+
+
+def test_accuracies_by_another_rule_have_its_lengths_and_radii(tmp_path):
+    accuracies = {
+        (None, 2): [0.875, 0.5],
+        (None, 4): [0.75, 0.5, 0.5, 0.25],
+        (0.1, 2): [0.8125, 0.5],
+        (0.2, 2): [0.75, 0.75],
+        (0.1, 4): [0.625, 0.5, 0.5, 0.5],
+        (0.2, 4): [0.5625, 0.5625, 0.5625, 0.5625],
+    }
+    save(tmp_path, [run(rho, acc, val=acc, noise=0.5) for (rho, _), acc in accuracies.items()])
+    sweeps = plot.build_sweeps(plot.read_runs(tmp_path / "results")[0])
+    for rule, expected in (
+        ("last", {"SGD, 2 epochs": 50, "SGD, 4 epochs": 25, "SAM, 2 epochs": 75, "SAM, 4 epochs": 56.25}),
+        ("held-out", {"SGD, 2 epochs": 87.5, "SGD, 4 epochs": 75, "SAM, 2 epochs": 81.25, "SAM, 4 epochs": 62.5}),
+    ):
+        ax = plot.plt.figure().subplots()
+        plot.draw_accuracies(ax, sweeps, sweeps[-1], rule)
+        assert {label: points[0][1] for label, points in drawn(ax).items()} == expected
+
+
+def test_sgd_stands_left_of_the_radii_each_at_its_tick(tmp_path):
+    wide = [run(r, acc=0.5 + (r or 0), hidden="1200-400") for r in (None, 0.125, 0.25)]
+    save(tmp_path, [*wide, run(acc=0.5), run(0.25, acc=0.625)])
+    figure, _ = plot.rho(plot.build_sweeps(plot.read_runs(tmp_path / "results")[0]))
+    (ax,) = [ax for ax in figure.axes if ax.get_visible()]
+    ticks = dict(zip([text.get_text() for text in ax.get_xticklabels()], ax.get_xticks()))
+    assert drawn(ax) == {
+        "267k": [[ticks["SGD"], 50], [ticks["0.25"], 62.5]],
+        "1.4M": [[ticks["SGD"], 50], [ticks["0.125"], 62.5], [ticks["0.25"], 75]],
+    }
 
 
 def test_of_a_single_width_the_second_panel_is_left_out(tmp_path):
