@@ -825,8 +825,8 @@ def parse(parser, settings_of):
 # another folder may hold other data.)
 WHERE_AND_HOW = {"device", "results", "force", "save", "workers", "name", "defaults"}
 
-# What stands in a run's name in a place of its own; any other, one of your own
-# too, is added to it where it is not at its default.
+# What stands in a run's name in a place of its own; any other flag, one of your own too, is added to it where it is
+# not at its default.
 NAMED_FIRST = {"script", "dataset", "hidden", "filters", "noise", "pruner", "sparsity"}
 NAMED_FIRST |= {"sam", "rho", "adaptive", "seed", "perturb"}
 
@@ -1040,7 +1040,7 @@ class Recorder:
 
         for parameter, buffers in self.optimizer.state.items():
             for key, value in buffers.items():
-                # A fused kernel needs a state of w's shape to have w's strides; the checkpoint's device had others.
+                # A fused kernel needs a state of w's shape to have w's strides; another device may have saved others.
                 if getattr(value, "shape", None) == parameter.shape:
                     buffers[key] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
@@ -1203,8 +1203,8 @@ def warn_about_precision(configs):
 def main(parser, train, settings_of):
     """Calls train(config) for each run asked for that has no result.
 
-    settings_of: called with the parsed flags, a script's own too, returns the workload's {flag: default} for those
-    that are None, which were not given.
+    settings_of: a function of the parsed flags, a script's own too, that returns the workload's {flag: default}. Flags
+    that were not given are None, and get these.
     """
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -54,16 +54,6 @@ UNITS = {"train_size": "images", "val_size": "held out"}  # what titles call the
 Tuning = namedtuple("Tuning", "optimizer, epochs, rho, lr, weight_decay")
 
 
-class Missing(Exception):
-    """What a figure needs and the results lack."""
-
-
-def need(found, what):
-    if not found:
-        raise Missing(what)
-    return found
-
-
 class Run:
     """What one result file says. Accuracies are in per cent; test and held_out are scores by epoch."""
 
@@ -170,16 +160,12 @@ class Run:
 
     def score(self, rule):
         """The test score where the rule stops."""
-        return float(self.test[self.stop(rule)])
+        return float(self.test[self.stops[rule]])
 
     def choice(self, rule):
         """The score by which rho is chosen: on held-out data; on test data where there are none, and by the paper."""
         scores = self.test if rule == "paper" else self.held_out
-        return float(scores[self.stop(rule)])
-
-    def stop(self, rule):
-        need(rule in self.stops, f"--val-size at width {self.width}")
-        return self.stops[rule]
+        return float(scores[self.stops[rule]])
 
 
 def read_runs(folder):
@@ -345,10 +331,7 @@ class Network:
 
     def runs(self, optimizer, rule, rho=None):
         """{seed: run} of SGD or of SAM, at all seeds that both have at this rho, by default the rule's best."""
-        if rho is None and self.radii:
-            need(rule in self.best_rho, f"--val-size at width {self.width}")
-            rho = self.best_rho[rule]
-        sam = self.sam.get(rho, {})
+        sam = self.sam.get(self.best_rho.get(rule) if rho is None else rho, {})
         runs = sam if optimizer == "SAM" else self.sgd
         return {seed: runs[seed] for seed in sam if seed in self.sgd}
 
@@ -393,6 +376,16 @@ def choose_rho(networks, rule):
             choices += [network.sam[rho][seed].choice(rule) for seed in network.seeds]
         means[rho] = np.mean(choices)
     return max(means, key=means.get, default=None)
+
+
+class Missing(Exception):
+    """What a figure needs and the results lack."""
+
+
+def need(found, what):
+    if not found:
+        raise Missing(what)
+    return found
 
 
 class Sweep:
@@ -450,6 +443,7 @@ class Sweep:
     # Of each width in turn: {seed: value}
 
     def scores(self, what, rule, rho=None):
+        need(rule in self.rules, f"--val-size for {self.title()}")
         return [network.scores(what, rule, rho) for network in self.paired]
 
     def final_values(self, optimizer, name):
@@ -841,7 +835,8 @@ def is_mnist_mlp(sweep):
 
 def noisy_mnist_mlps(sweeps):
     noisy = [sweep for sweep in main_sweeps(sweeps) if sweep.noise and is_mnist_mlp(sweep)]
-    return need(noisy, "SGD and SAM of MLPs on MNIST with flipped labels, at the default rate and decay")
+    what = "SGD and SAM of MLPs on MNIST with flipped labels, at the default rate, decay, schedule and loss"
+    return need(noisy, what)
 
 
 def panels(rows, columns, **sharing):
@@ -1013,12 +1008,13 @@ def lengths(sweeps, sweep):
 def draw_accuracies(ax, sweeps, sweep, rule):
     """SGD's and SAM's scores by width; dashed: at the number of epochs that is best for each."""
     for optimizer, color in BOTH.items():
+        values = sweep.scores(optimizer, rule)
         best = best_length(sweeps, sweep, optimizer, rule)
         if best is not sweep:
             runs = [runs_of(best.networks[network.key], optimizer, rule) for network in sweep.paired]
             label = f"{optimizer}, {best.epochs} epochs"
             draw_line(ax, sweep.positions, [scores_of(one, rule) for one in runs], label, color, "--")
-        draw_line(ax, sweep.positions, sweep.scores(optimizer, rule), f"{optimizer}, {sweep.epochs} epochs", color)
+        draw_line(ax, sweep.positions, values, f"{optimizer}, {sweep.epochs} epochs", color)
     width_axis(ax, sweep)
 
 

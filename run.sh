@@ -282,6 +282,8 @@ sweep() { # sweep full|quick|overnight ABOUT: the commands, JOBS at a time, then
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
+case "$*" in "job "*) job "${@:2}"; exit ;; esac # for xargs: a command of a sweep that has been checked
+
 [[ $SEEDS$HIDDEN$FILTERS$NOISES${RHOS-} != *,* ]] || refuse "lists have blanks between their values, and no commas"
 [[ $FILTERS =~ ^[0-9\ ]*$ ]] || refuse "FILTERS are numbers, not $FILTERS"
 [[ ! $RESULTS$FIGURES$DATA_DIR$CIFAR10$IMAGENET =~ [[:space:]\'\"\\] ]] ||
@@ -307,6 +309,5 @@ case "$*" in
         python -m pytest -q "${@:2}"
         ;;
     help) sed -n '2,/^set/s/^# \{0,1\}//p' run.sh ;;
-    "job "*) job "${@:2}" ;; # for xargs
     *) refuse "no command '$*'; try quick, overnight, data, list, test or help, or none for the full run" ;;
 esac
