@@ -72,12 +72,6 @@ widest_first() { # ResNets before MLPs, wide before narrow: words 3 and 4 of a l
     LC_ALL=C sort -s -k3,3 -k4,4nr
 }
 
-imagenet() { # a run takes days: a line for each seed
-    local more="--depth 50 --dataset $IMAGENET --image-size 224 --workers 8 --val-size 5000"
-    both resnet_width.py --filters "16 32" $more --seed "$SEEDS" --rho "${RHOS-0.005 0.01 0.02 0.05 0.1 0.2}"
-    both resnet_width.py --filters "48 64 80" $more --seed "$SEEDS" --rho "${RHOS-0.01 0.02 0.05 0.1 0.2}"
-}
-
 full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them from there
     local held_out="--val-size 5000 --seed $SEEDS"
     local cifar="--val-size 5000 ${CIFAR10:+--dataset $CIFAR10}" # without --seed, which wide ResNets take in quotes
@@ -100,29 +94,26 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
     done
 
     # Flipped labels; also SGD of fewer epochs, which fits fewer of them, and SAM that perturbs a part of the weights
-    local noisy="4 8 16 32 64"
+    local noisy="4 8 16 32 64" parts="last rest random"
     for noise in $NOISES; do
         both label_noise.py --hidden "$HIDDEN" --noise $noise $held_out --rho "$mnist_rhos"
         both label_noise.py --filters "$noisy" --noise $noise $cifar --seed $SEEDS --rho "$cifar_rhos"
         lines label_noise.py --hidden "$HIDDEN" --noise $noise --epochs "12 25 50" $held_out
         lines label_noise.py --filters "$noisy" --noise $noise --epochs "24 50 100" $cifar --seed $SEEDS
         if [ "$noise" = 0.5 ]; then
-            for part in last rest random; do
-                lines label_noise.py --hidden "$HIDDEN" --noise 0.5 $held_out --perturb $part --sam --rho "$mnist_rhos"
-                lines label_noise.py --filters "$noisy" --noise 0.5 $cifar --seed $SEEDS --perturb $part \
-                    --sam --rho "$cifar_rhos"
-            done
+            lines label_noise.py --hidden "$HIDDEN" --noise 0.5 $held_out --perturb "$parts" --sam --rho "$mnist_rhos"
+            lines label_noise.py --filters "$noisy" --noise 0.5 $cifar --seed $SEEDS --perturb "$parts" --sam \
+                --rho "$cifar_rhos"
         fi
     done
 
-    # Wide networks with as many weights as 75-25, or 16 filters, the others removed; as width:sparsity
-    for item in 150-50:0.5157 300-100:0.7723 1200-400:0.9583; do
-        both sparsity.py --hidden ${item%:*} --sparsity ${item#*:} --pruner "random snip" $held_out --rho "$mnist_rhos"
-    done
-    for item in 24:0.556 32:0.7506 64:0.938; do
-        both sparsity.py --filters ${item%:*} --sparsity ${item#*:} --pruner "random snip" $cifar --seed $SEEDS \
-            --rho "$cifar_rhos"
-    done
+    # Wide networks with as many weights as 75-25, or 16 filters, the others removed
+    both sparsity.py --hidden 150-50 --sparsity 0.5157 --pruner "random snip" $held_out --rho "$mnist_rhos"
+    both sparsity.py --hidden 300-100 --sparsity 0.7723 --pruner "random snip" $held_out --rho "$mnist_rhos"
+    both sparsity.py --hidden 1200-400 --sparsity 0.9583 --pruner "random snip" $held_out --rho "$mnist_rhos"
+    both sparsity.py --filters 24 --sparsity 0.556 --pruner "random snip" $cifar --seed $SEEDS --rho "$cifar_rhos"
+    both sparsity.py --filters 32 --sparsity 0.7506 --pruner "random snip" $cifar --seed $SEEDS --rho "$cifar_rhos"
+    both sparsity.py --filters 64 --sparsity 0.938 --pruner "random snip" $cifar --seed $SEEDS --rho "$cifar_rhos"
 
     # Functions fitted to 12 points; curvature; the training loss by epoch
     both mlp_width.py --hidden "5 10 100 1000" --dataset "curve curve-scaled" --seed $SEEDS --rho "${RHOS-0.2}"
@@ -130,6 +121,14 @@ full() { # noise 0 and sparsity 0 are the runs of the widths: plot.py takes them
         --weight-decay 0 --sharpness 1000 $held_out --rho "${RHOS-0.01 0.02 0.05 0.1 0.2}"
     both mlp_width.py --hidden "30-10 300-100 3000-1000" --schedule constant --epochs 20 $held_out --rho "${RHOS-0.05}"
     both resnet_width.py --filters "4 16 64" --schedule constant --epochs 75 $cifar --seed $SEEDS --rho "${RHOS-0.05}"
+
+    # A run takes days: a line for each seed. --depth, as the third word, sorts before --filters and --hidden
+    if [ -n "$IMAGENET" ]; then
+        local large="--val-size 5000 --dataset $IMAGENET --image-size 224 --workers 8"
+        local rhos=${RHOS-0.01 0.02 0.05 0.1 0.2} narrow_rhos=${RHOS-0.005 0.01 0.02 0.05 0.1 0.2}
+        both resnet_width.py --depth 50 --filters "80 64 48" $large --seed "$SEEDS" --rho "$rhos"
+        both resnet_width.py --depth 50 --filters "32 16" $large --seed "$SEEDS" --rho "$narrow_rhos"
+    fi
 }
 
 quick() { # small networks share a line, since Python takes seconds to start; the widest stand first
@@ -166,12 +165,8 @@ commands() { # commands full|quick|overnight
         [ "$DATA_DIR" = data ] || more+=" --data-dir $DATA_DIR"
     fi
     case $1 in
-        quick) quick | widest_first ;;
         overnight) source results/overnight.sh ;;
-        full)
-            [ -z "$IMAGENET" ] || imagenet | widest_first
-            full | widest_first
-            ;;
+        *) $1 | widest_first ;;
     esac | while read -r command; do
         echo $command $more # without quotes, since FLAGS may hold more blanks
     done | { grep -E -e "$ONLY" || true; }
@@ -181,28 +176,26 @@ commands() { # commands full|quick|overnight
 
 refuse() { echo "run.sh: $*" >&2; exit 2; }
 python() { "$PYTHON" "$@"; }
-new_enough() { python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
-meets() { # meets FILE...: whether this Python has the versions that these requirements ask for
+
+meets() { # meets FILE...: whether this is Python 3.10 or newer and has the versions that these requirements ask for
     python -c 'if True:
         import fileinput, re, sys
         from importlib.metadata import version
         numbers = lambda text: [int(n) for n in re.findall(r"\d+", text)]
         asked = [line.split(">=") for line in fileinput.input() if ">=" in line]
-        sys.exit(any(numbers(version(name)) < numbers(least) for name, least in asked))
+        sys.exit(sys.version_info < (3, 10) or any(numbers(version(name)) < numbers(least) for name, least in asked))
     ' "$@" 2>/dev/null
 }
 
 setup() { # setup FILE: a Python that meets these requirements: this one, or one in .venv
-    local base=$PYTHON
-    new_enough || refuse "$PYTHON is not Python 3.10 or newer; name one that is: PYTHON=/path/to/python bash run.sh"
+    local base=$PYTHON clear=
+    meets /dev/null || refuse "$PYTHON is not Python 3.10 or newer; name one that is: PYTHON=/path/to/python"
     if meets requirements.txt "$1"; then return; fi
     PYTHON=$PWD/.venv/bin/python
-    if new_enough && meets requirements.txt "$1"; then return; fi
-    if ! { new_enough && { python -m pip --version || python -m ensurepip; } >/dev/null 2>&1; }; then
-        echo "making .venv"
-        "$base" -m venv --clear .venv >/dev/null 2>&1 || refuse "$base -m venv .venv fails (is python3-venv installed?)"
-    fi
+    if meets requirements.txt "$1"; then return; fi
     echo "installing $1 into .venv, which takes some minutes"
+    meets /dev/null || clear=--clear # no Python is in it, or an older one; pip, where it lacks that, is added
+    "$base" -m venv $clear .venv >/dev/null 2>&1 || refuse "$base -m venv .venv fails (is python3-venv installed?)"
     python -m pip install -q --disable-pip-version-check -r "$1" 2>.venv/pip.log ||
         refuse "cannot install $1 into .venv: $(tail -n 1 .venv/pip.log) (more in .venv/pip.log)"
 }
@@ -222,8 +215,8 @@ download() { # download COMMANDS: what they train on that torchvision fetches
 
 job() { # job INDEX COMMAND...: one command, with its output on the screen and in a log
     local log=$LOGS/$1.log gpus=($GPUS)
-    # xargs numbers its SLOTs from 0: a command takes the GPU of one that has ended
-    [ -z "$GPUS" ] || export CUDA_VISIBLE_DEVICES=${gpus[${SLOT:-$1} % ${#gpus[@]}]}
+    # xargs (GNU's) numbers its SLOTs from 0: a command takes the GPU of one that has ended
+    [ -z "$GPUS" ] || export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}
     echo "command $1 of $COUNT: ${*:2}" | tee "$log"
     "${@:2}" 2>&1 | tee -a "$log" || { echo "  ${*:2} (its output: $log)" >>"$LOGS/failed"; exit 1; }
 }
@@ -237,7 +230,7 @@ stop() { # stop STATUS: ends the commands, which are a process group
 }
 
 sweep() { # sweep full|quick|overnight ABOUT: the commands, JOBS at a time, then the figures
-    local all cores gpus slots= group status=0
+    local all cores gpus group status=0
     all=$(commands "$1")
     [ -n "$all" ] || refuse "nothing to run: no command is left by the lists and by ONLY"
     cores=$(getconf _NPROCESSORS_ONLN)
@@ -262,12 +255,11 @@ sweep() { # sweep full|quick|overnight ABOUT: the commands, JOBS at a time, then
     mkdir -p "$LOGS" 2>/dev/null || refuse "cannot write to $LOGS"
     nl -ba <<<"$all" >"$LOGS/commands"
     rm -f "$LOGS/failed"
-    [[ $(xargs --help </dev/null 2>&1) != *process-slot* ]] || slots=--process-slot-var=SLOT # only GNU's has it
     trap 'stop 129' HUP
     trap 'stop 130' INT
     trap 'stop 143' TERM
     set -m # makes the commands a process group
-    xargs $slots -P "$JOBS" -L 1 bash run.sh job <"$LOGS/commands" &
+    xargs ${GPUS:+--process-slot-var=SLOT} -P "$JOBS" -L 1 bash run.sh job <"$LOGS/commands" &
     group=$!
     wait "$group" || status=1
     set +m
@@ -284,8 +276,8 @@ sweep() { # sweep full|quick|overnight ABOUT: the commands, JOBS at a time, then
 
 case "$*" in "job "*) job "${@:2}"; exit ;; esac # for xargs: a command of a sweep that has been checked
 
-[[ $SEEDS$HIDDEN$FILTERS$NOISES${RHOS-} != *,* ]] || refuse "lists have blanks between their values, and no commas"
-[[ $FILTERS =~ ^[0-9\ ]*$ ]] || refuse "FILTERS are numbers, not $FILTERS"
+[[ $HIDDEN$NOISES${RHOS-} != *,* && $SEEDS$FILTERS =~ ^[0-9\ ]*$ ]] ||
+    refuse "lists have blanks between their values, and no commas; SEEDS and FILTERS are whole numbers"
 [[ ! $RESULTS$FIGURES$DATA_DIR$CIFAR10$IMAGENET =~ [[:space:]\'\"\\] ]] ||
     refuse "no folder's name may have a space, a quote or a backslash"
 for word in $FLAGS; do
@@ -306,7 +298,7 @@ case "$*" in
         ;;
     test | "test "*)
         setup tests/requirements.txt
-        python -m pytest -q "${@:2}"
+        python -m pytest -q -n 2 --dist loadfile "${@:2}" # two processes
         ;;
     help) sed -n '2,/^set/s/^# \{0,1\}//p' run.sh ;;
     *) refuse "no command '$*'; try quick, overnight, data, list, test or help, or none for the full run" ;;

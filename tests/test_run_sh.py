@@ -32,10 +32,9 @@ echo "$*" | head -n 1 >>calls
 echo starts $CUDA_VISIBLE_DEVICES >>gpus
 echo $OMP_NUM_THREADS >>threads
 case "$*" in
+    *"/dev/null") ;;
     *importlib*) [ "$LACKS" = "" ] || [ -e installed ] || exit 1;;
-    *"-m venv"*) [ "$LACKS" != venv ] || exit 1; mkdir -p .venv/bin; cp fake .venv/bin/python; touch pip;;
-    *"pip --version"*) [ -e pip ] || exit 1;;
-    *ensurepip*) [ "$LACKS" = pip ] || exit 1; touch pip;;
+    *"-m venv"*) [ "$LACKS" != venv ] || exit 1; mkdir -p .venv/bin; cp fake .venv/bin/python;;
     *"pip install"*) [ "$LACKS" != network ] || { echo noise >&2; echo no network >&2; exit 1; }; touch installed;;
     *read_torchvision*) [ "$LACKS" != data ] || { echo no data >&2; exit 2; };;
     *"$FAILS"*) echo broken >&2; exit 3;;
@@ -506,7 +505,7 @@ def test_a_signal_stops_everything_in_one_line(clone, fake, number):
         (["list"], {"FLAGS": "--amp --sam"}, "--sam in FLAGS"),
         (["list"], {"FILTERS": "4,8"}, "no commas"),
         (["list"], {"RHOS": "0.1,0.2"}, "no commas"),
-        (["list"], {"FILTERS": "all"}, "FILTERS are numbers"),
+        (["list"], {"FILTERS": "all"}, "FILTERS are whole numbers"),
         (["list"], {"RESULTS": "my results"}, "space"),
         (["list"], {"FIGURES": "my'figures"}, "quote"),
         ([], {"RESULTS": "run.sh"}, "run.sh/logs"),
@@ -578,39 +577,37 @@ def test_what_torchvision_has_is_downloaded_first(clone, fake):
 
 def test_test_gives_pytest_its_words(clone, fake):
     assert run(clone, "test", "-k", "a name", **fake)[0] == 0
-    assert calls(clone)[-1] == "-m pytest -q -k a name"
+    assert calls(clone)[-1].startswith("-m pytest -q ") and calls(clone)[-1].endswith(" -k a name")
 
 
 def test_set_up_makes_a_venv_once_and_says_how_to_use_it(clone, fake):
     variables = {**fake, "LACKS": "modules", "FAILS": "sparsity.py", "JOBS": "8"}
     status, out, _ = run(clone, **SMALL, **variables)
     assert status == 0 and out[-1] == "next: source .venv/bin/activate"
-    assert out[1:3] == ["making .venv", "installing requirements.txt into .venv, which takes some minutes"]
+    assert out[1] == "installing requirements.txt into .venv, which takes some minutes"
     made = [line for line in calls(clone) if "-m " in line]
-    assert made[0] == "-m venv --clear .venv" and made[-1].endswith("-r requirements.txt")
+    assert made[0] == "-m venv --clear .venv" and made[1].endswith("-r requirements.txt")
     (clone / "calls").unlink()
     (clone / "fake").write_text(
         FAKE.replace("[ -e installed ]", "false")
     )  # the first Python has not got them now either
     status, out, _ = run(clone, **SMALL, **variables)
-    assert status == 0 and "making .venv" not in out and out[-1] == "next: source .venv/bin/activate"
+    assert status == 0 and out[-1] == "next: source .venv/bin/activate"
     assert not any("-m " in line for line in calls(clone))
 
 
-@pytest.mark.parametrize("lacks, remade", [("pip", False), ("modules", True)])
-def test_a_venv_without_pip_is_mended_or_made_again(clone, fake, lacks, remade):
+def test_a_venv_that_lacks_packages_is_kept(clone, fake):
     (clone / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(clone / "fake", clone / ".venv" / "bin" / "python")
-    assert run(clone, "data", **fake | {"LACKS": lacks})[0] == 0
+    assert run(clone, "data", **fake | {"LACKS": "modules"})[0] == 0
     told = [line for line in calls(clone) if "-m " in line]
-    assert "-m ensurepip" in told and ("-m venv --clear .venv" in told) == remade and "pip install" in told[-1]
+    assert told[0] == "-m venv .venv" and "pip install" in told[1]
 
 
 @pytest.mark.parametrize("python", [None, "an old one"])
 def test_a_venv_whose_python_is_missing_or_too_old_is_made_again(clone, fake, python):
     (clone / ".venv" / "bin").mkdir(parents=True)
     if python:
-        (clone / "pip").touch()  # it has got pip
         text = FAKE.replace('case "$*" in', 'case "$*" in\n    *version_info*) exit 1;;', 1)
         (clone / ".venv" / "bin" / "python").write_text(text)
         (clone / ".venv" / "bin" / "python").chmod(0o755)
@@ -620,19 +617,21 @@ def test_a_venv_whose_python_is_missing_or_too_old_is_made_again(clone, fake, py
 
 @pytest.mark.parametrize("version, installs", [("2.5.1+cu124", True), ("2.10.0", False), (None, False)])
 def test_versions_are_compared_with_the_requirements(clone, fake, version, installs):
-    """With the Python that runs the tests: it has what the requirements ask for, but for another torch."""
+    """By the Python that runs the tests, which has what they ask for, but for another torch; it makes no .venv here."""
     if version:
         place = clone / "site" / f"torch-{version}.dist-info"
         place.mkdir(parents=True)
         (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
     (clone / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(clone / "fake", clone / ".venv" / "bin" / "python")
-    (clone / "pip").touch()
+    real = clone / "real"
+    real.write_text(f'#!/bin/sh\ncase "$*" in "-m venv"*) exit 0;; esac\nexec {sys.executable} "$@"\n')
+    real.chmod(0o755)
     variables = {
         **fake,
         **SMALL,
         "SEEDS": "",
-        "PYTHON": sys.executable,
+        "PYTHON": str(real),
         "LACKS": "modules",
         "PYTHONPATH": str(clone / "site"),
     }
