@@ -171,8 +171,8 @@ def settings(args):
 
 
 if __name__ == "__main__":
-    # A flag of your own needs no more than a line here: it is in a run's name where it is not at its default, and the
-    # results from before it existed count as runs with the default.
+    # A flag of your own needs no more than a line here: where it is not at its default it is in a run's name, and makes
+    # a sweep of its own in plot.py. Results from before it existed count as runs with the default.
     parser = flags(__doc__, "hidden", "filters")
     fraction = bounded_number(float, 0, 1, closed=True)
     text = "fraction of the training labels replaced (default: 0.5)"

@@ -35,7 +35,7 @@ An interval is 95%, by Student's t over seeds.
 A rule says at which epoch a run stops. There its test score is taken, and there rho is chosen for each width: by the
 score on held-out data, of equals the smallest. Where none are held out, all choices are by test data.
 - last: the last epoch
-- held-out: each run's best held-out epoch, the first of equals
+- held-out: each run's best held-out epoch, the first of equals; a sweep that holds none out lacks this rule
 - paper: each run's best test epoch; here rho, too, is chosen on test data
 - tuned: as held-out, with the number of epochs that is best for each optimizer and width
 - fresh: as tuned, with the rate and decay that are best, too; chosen on some seeds and scored on others
@@ -227,8 +227,10 @@ def difference(values, others):
 
 
 def common_seeds(points):
-    """The seeds of a trend over points (x, {seed: value}): of the most frequent seeds three or more that as many x as
-    possible share; else two, or one.
+    """The seeds on which a trend over points (x, {seed: value}) is computed.
+
+    Ranks the seeds by how many x have them, and returns of the first n in this order, n >= 3, those that are all at the
+    most x; where no three seeds have two x in common, two seeds, or one.
     """
     count = Counter()
     for _, values in points:
@@ -443,7 +445,8 @@ class Sweep:
     # Of each width in turn: {seed: value}
 
     def scores(self, what, rule, rho=None):
-        need(rule in self.rules, f"--val-size for {self.title()}")
+        """Of a rule that the sweep has: last, paper, or held-out; the others' networks are those of `tune_widths`."""
+        need(rule in self.rules, f"--val-size for {self.title()}, whose rules are {', '.join(self.rules)}, not {rule}")
         return [network.scores(what, rule, rho) for network in self.paired]
 
     def final_values(self, optimizer, name):
@@ -549,7 +552,7 @@ def choose_settings(sweeps, sweep, network, rule, most_epochs=math.inf):
     best.chosen = {"SGD": sgd[seeds[0]], "SAM": sam[seeds[0]]}
     best.sgd = sgd
     best.sam = {rho: {seed: sam[seed] for seed in scored}}
-    best.best_rho = {"held-out": rho, "last": rho}
+    best.best_rho = {"held-out": rho, "last": rho}  # chosen at the best held-out epoch, wherever it is scored
     best.notes = [f"too few seeds for the choice, {tuple(tuning)}" for tuning in sorted(tried.keys() - complete.keys())]
     if not scored:
         best.notes.append("no gain, no three seeds beside those that chose")
@@ -980,8 +983,8 @@ def front(sweeps):
     is best for them; and where they have the best learning rate and weight decay, too, measured on other seeds. The
     axis is linear up to 1 and logarithmic above. Right: the gain after the last epoch, by how much better SGD fits the
     given, partly wrong training labels than SAM: a mark for each fraction of flipped labels, number of epochs and width
-    (the larger, the wider), also of ResNets on MNIST. SAM's radius rho is chosen for each width on held-out images.
-    Means over seeds, left and middle with 95% intervals.
+    (the larger, the wider), also of ResNets on MNIST and of other numbers of images. SAM's radius rho is chosen for
+    each width on held-out images. Means over seeds, left and middle with 95% intervals.
     """
     mlps = [sweep for sweep in main_sweeps(sweeps) if is_mnist_mlp(sweep) and sweep.noise == 0.5]
     need(mlps, "SGD and SAM of MLPs on MNIST with half of the labels flipped")
@@ -990,7 +993,9 @@ def front(sweeps):
     figure.suptitle(heading(sweep, "epochs", characters=1000))
     draw_accuracies(axes[0], sweeps, sweep, "last")
     draw_stops(axes[1], sweeps, sweep)
-    draw_label_fit(axes[2], [other for other in usual(sweeps) if other.noise and other.dataset == "mnist"])
+    pooled = ("noise", "epochs", "model", "batch_size", "train_size", "val_size")
+    alike = [other for other in usual(sweeps) if other.without(*pooled) == sweep.without(*pooled)]
+    draw_label_fit(axes[2], [other for other in alike if other.noise])
     axes[0].set_title("Long and short training")
     axes[0].set_ylabel(SCORE["acc"])
     axes[1].set_title("Gain, by when training stops")
@@ -1178,8 +1183,8 @@ def gain_by_width(sweeps):
 
 def rho(sweeps):
     """Score after the last epoch by SAM's rho, a line a width, means over the seeds that all radii share; a ring marks
-    the rho that is chosen on held-out data, where three or more were tried. Above a rho: how many of its runs learned
-    nothing. Lines are labelled at the narrowest and the widest network."""
+    the rho that is chosen, on held-out data where there are any, if three or more were tried. Above a rho: how many of
+    its runs learned nothing. Lines are labelled at the narrowest and the widest network."""
     shown = [sweep for sweep in main_sweeps(sweeps) if len(sweep.radii) > 1]
     need(shown, "SGD and SAM at two radii, at the default rate, decay, schedule and loss")
     columns = min(3, len(shown))

@@ -45,7 +45,7 @@ teacher_rhos=${RHOS-0.001 0.01 0.05 0.07 0.1 0.2 0.3 0.5 0.7 1 2}
 #   python mlp_width.py --hidden 300-100 --seed 0 1 --sam --rho 0.2
 #
 # The width comes first, since widest_first sorts by it, and for `both` --rho last. An experiment of your own is a line
-# of `full` or `quick`; README and tests/test_run_sh.py count the runs.
+# of `full` or `quick`; README's table counts runs: `bash run.sh test tests/test_run_sh.py` says which number is old.
 
 lines() { split python "$@"; }
 

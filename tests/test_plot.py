@@ -725,6 +725,15 @@ def test_sgd_stands_left_of_the_radii_each_at_its_tick(tmp_path):
     }
 
 
+def test_the_front_figures_marks_are_of_plain_label_noise_alone(tmp_path):
+    plain = [pair(noise=0.25, val=0.8), pair(noise=0.5, val=0.8), pair(noise=0.5, val=0.8, train_size=50)]
+    plain.append(pair(noise=0.5, val=0.8, hidden=None, filters=4))
+    others = [pair(noise=0.5, val=0.8, flip="next"), pair(noise=0.5, val=0.8, dataset="kmnist"), pair(val=0.8)]
+    save(tmp_path, sum(plain + others, []))
+    figure, _ = plot.front(plot.build_sweeps(plot.read_runs(tmp_path / "results")[0]))
+    assert len(figure.axes[2].collections) == len(plain)
+
+
 def test_of_a_single_width_the_second_panel_is_left_out(tmp_path):
     longer = run(acc=0.9, epochs=6, noise=0.5)
     save(tmp_path, [*pair(noise=0.5), longer])
@@ -839,7 +848,7 @@ def test_a_figure_by_a_rule_that_a_sweep_lacks_says_what_it_needs(tmp_path):
     (sweep,) = plot.build_sweeps(runs)
     draws = [plot.draw_gains, plot.draw_scores, lambda ax, *args: plot.draw_accuracies(ax, [sweep], *args)]
     for draw in draws:
-        with pytest.raises(plot.Missing, match=f"--val-size for {MNIST}"):
+        with pytest.raises(plot.Missing, match=f"--val-size for {MNIST}.*not held-out"):
             draw(plot.plt.figure().subplots(), sweep, "held-out")
 
 
