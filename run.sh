@@ -200,11 +200,13 @@ setup() { # setup FILE: a Python that meets these requirements: this one, or one
         refuse "cannot install $1 into .venv: $(tail -n 1 .venv/pip.log) (more in .venv/pip.log)"
 }
 
-download() { # download COMMANDS: what they train on that torchvision fetches
-    local name commands # with the data sets that are the scripts' defaults written out
-    commands=$(sed '/--dataset/!{s/--hidden/--dataset mnist &/;s/--filters/--dataset cifar10 &/;}' <<<"$1")
-    for name in mnist cifar10 fashionmnist kmnist cifar100 svhn; do
-        if [[ $commands =~ "--dataset $name"([[:space:]]|$) ]]; then
+download() { # download COMMANDS: what torchvision fetches for them, whose networks tell the data
+    local name names=
+    [[ $1 != *--hidden* ]] || names+=" mnist"
+    [[ $1 != *"--dataset fashionmnist"* ]] || names+=" fashionmnist"
+    [[ $1 != *--filters* ]] || names+=" ${CIFAR10:-cifar10}"
+    for name in $names; do
+        if [ ! -d "$name" ]; then
             python -c 'import common, sys; sys.argv[0] = "run.sh"; common.read_torchvision(*sys.argv[1:])' \
                 "$name" "$DATA_DIR"
         fi
