@@ -1063,10 +1063,12 @@ class Recorder:
             yield len(self.history) + 1
 
     def end_epoch(self, row):
-        """Adds an epoch's numbers to the history, or ends the run where one isn't finite; saves a checkpoint if due."""
+        """Adds an epoch's numbers to the history, or ends the run over one not finite; saves a checkpoint if due."""
         now = time.perf_counter()
         row["seconds"] = round(now - self.epoch_began, 4)
-        if not all(map(math.isfinite, row.values())):
+        not_finite = [name for name, value in row.items() if not math.isfinite(value)]
+        if not_finite:
+            tell(f"{self.config.name}: ends as diverged in epoch {row['epoch']}: {', '.join(not_finite)} not finite")
             self.status = "diverged"
             return
 

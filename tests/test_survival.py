@@ -595,6 +595,8 @@ def test_a_diverged_run_keeps_its_epochs_and_the_sweep_goes_on(tmp_path, capsys)
     call_main(mlp_width, tmp_path / "rho", *sweep)
     status = {strict(path)["config"]["rho"]: strict(path)["status"] for path in files(tmp_path / "rho")}
     assert status == {1e30: "diverged", 0.05: "done"}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "rho1e%2B30" in line and "in epoch 1: train_loss" in line and line.endswith("not finite")
     # lr x weight decay > 2: the weights grow with each update, until they overflow after some epochs
     late = [*SMALL, "--hidden", "9-7", "--epochs", 200, "--weight-decay", 100]
     call_main(mlp_width, tmp_path / "late", *late)
