@@ -194,13 +194,13 @@ setup() { # setup FILE: a Python that meets these requirements: this one, or one
     PYTHON=$PWD/.venv/bin/python
     if meets requirements.txt "$1"; then return; fi
     echo "installing $1 into .venv, which takes some minutes"
-    meets /dev/null || clear=--clear # no Python is in it, or an older one; pip, where it lacks that, is added
+    meets /dev/null || clear=--clear # it holds no Python, or an older one; else venv adds pip, where it lacks that
     "$base" -m venv $clear .venv >/dev/null 2>&1 || refuse "$base -m venv .venv fails (is python3-venv installed?)"
     python -m pip install -q --disable-pip-version-check -r "$1" 2>.venv/pip.log ||
         refuse "cannot install $1 into .venv: $(tail -n 1 .venv/pip.log) (more in .venv/pip.log)"
 }
 
-download() { # download COMMANDS: what torchvision fetches for them, whose networks tell the data
+download() { # download COMMANDS: what torchvision fetches for them, MNIST for MLPs and CIFAR10 for ResNets
     local name names=
     [[ $1 != *--hidden* ]] || names+=" mnist"
     [[ $1 != *"--dataset fashionmnist"* ]] || names+=" fashionmnist"
