@@ -1541,7 +1541,9 @@ def left_out(sweeps):
                 notes.append(f"{where}: SGD left out, no run of SAM")
     for family in families(sweeps, "epochs"):
         if not longest(family):
-            notes.append(f"{family[0].title()}: no run of SAM has one of SGD at its seed")
+            lengths_tried = ", ".join(f"{sweep.epochs:,}" for sweep in family)
+            title = family[0].title("epochs")
+            notes.append(f"{title}: no run of SAM has one of SGD at its seed ({lengths_tried} epochs)")
     for family in families(sweeps, *FREE["fresh"]):
         for network in tune_widths(sweeps, family[0], "fresh"):
             where = f"{family[0].title(*FREE['fresh'])}, fresh, width {network.width}"

@@ -577,6 +577,13 @@ def test_seeds_and_widths_that_one_side_lacks_are_named(tmp_path):
         assert f"{MNIST}, 2 epochs, {line}\n" in told
 
 
+def test_sgd_alone_is_named_once_with_all_its_lengths(tmp_path):
+    save(tmp_path, [*pair(), *(run(epochs=epochs, noise=0.5) for epochs in (2, 1000))])
+    done = start(tmp_path)
+    (line,) = [line for line in done.stdout.splitlines() if "no run of SAM" in line]
+    assert line.startswith(f"{MNIST}, 50% flipped: ") and line.endswith("(2, 1,000 epochs)")
+
+
 def test_collapsed_runs_are_counted(tmp_path):
     collapsed = run(0.5, 0.1)
     collapsed["history"][1]["train_loss"] = 0.999
