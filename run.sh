@@ -200,13 +200,20 @@ setup() { # setup FILE: a Python that meets these requirements: this one, or one
         refuse "cannot install $1 into .venv: $(tail -n 1 .venv/pip.log) (more in .venv/pip.log)"
 }
 
-download() { # download COMMANDS: what torchvision fetches for them, MNIST for MLPs and CIFAR10 for ResNets
-    local name names=
-    [[ $1 != *--hidden* ]] || names+=" mnist"
-    [[ $1 != *"--dataset fashionmnist"* ]] || names+=" fashionmnist"
-    [[ $1 != *--filters* ]] || names+=" ${CIFAR10:-cifar10}"
-    for name in $names; do
-        if [ ! -d "$name" ]; then
+download() { # download COMMANDS: what they train on that torchvision fetches
+    local line name names=" "
+    while read -r line; do
+        case $line in
+            *"--dataset "*)
+                line=${line#*--dataset }
+                names+="${line%% *} "
+                ;;
+            *--hidden*) names+="mnist " ;; # the scripts' defaults
+            *--filters*) names+="cifar10 " ;;
+        esac
+    done <<<"$1"
+    for name in mnist cifar10 fashionmnist kmnist cifar100 svhn; do
+        if [[ $names == *" $name "* ]]; then
             python -c 'import common, sys; sys.argv[0] = "run.sh"; common.read_torchvision(*sys.argv[1:])' \
                 "$name" "$DATA_DIR"
         fi

@@ -564,21 +564,21 @@ def test_what_torchvision_has_is_downloaded_first(clone, fake):
         return [line.split()[-2:] for line in calls(clone) if "read_torchvision" in line]
 
     assert downloads("data", LACKS="") == [["mnist", "data"], ["cifar10", "data"]]
-    (clone / "images").mkdir()
     variables = {"CIFAR10": "images", "IMAGENET": "more", "DATA_DIR": "there"}
     assert downloads("data", LACKS="", **variables) == [["mnist", "there"]]
     for name in ("svhn", "cifar100"):
         assert downloads("data", LACKS="", CIFAR10=name) == [["mnist", "data"], [name, "data"]]
     assert downloads("data", LACKS="", ONLY="mlp_width") == [["mnist", "data"]]
     assert downloads("data", LACKS="", ONLY="resnet_width") == [["cifar10", "data"]]
-    assert downloads("data", LACKS="", SEEDS="") == []
-    three = [["mnist", "data"], ["fashionmnist", "data"], ["cifar10", "data"]]
-    assert downloads("overnight", LACKS="", ONLY="fashionmnist .*--epochs 12 |--filters 4 .*--epochs 25 ") == three
+    assert downloads("data", LACKS="", ONLY="teacher") == downloads("data", LACKS="", SEEDS="") == []
+    assert downloads("overnight", LACKS="", ONLY="--filters .*--dataset mnist ") == [["mnist", "data"]]
+    two = downloads("overnight", LACKS="", ONLY="fashionmnist .*--epochs 12 |--filters 4 .*--epochs 25 ")
+    assert two == [["cifar10", "data"], ["fashionmnist", "data"]]
 
 
 def test_test_gives_pytest_its_words(clone, fake):
     assert run(clone, "test", "-k", "a name", **fake)[0] == 0
-    assert calls(clone)[-1].startswith("-m pytest -q ") and calls(clone)[-1].endswith(" -k a name")
+    assert calls(clone)[-1] == "-m pytest -q -n 2 --dist loadfile -k a name"
 
 
 def test_set_up_makes_a_venv_once_and_says_how_to_use_it(clone, fake):
