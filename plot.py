@@ -493,6 +493,11 @@ def families(sweeps, *free):
     return list(found.values())
 
 
+def alike(sweeps, sweep, *free):
+    """The sweeps that differ from this one in these settings alone, itself among them, also where they have no SAM."""
+    return [other for other in sweeps if other.without(*free) == sweep.without(*free)]
+
+
 def longest(family):
     """Of sweeps that differ in epochs, the longest that has both SGD and SAM, or None."""
     return max((sweep for sweep in family if sweep.paired), key=lambda sweep: sweep.epochs, default=None)
@@ -581,8 +586,8 @@ def tune_widths(sweeps, sweep, rule):
     """At all widths of the sweeps that differ in what the rule leaves free: the network with its best settings."""
     free = FREE[rule]
     networks = {}
-    for other in sweeps:
-        if other.without(*free) == sweep.without(*free) and "held-out" in other.rules:
+    for other in alike(sweeps, sweep, *free):
+        if "held-out" in other.rules:
             networks.update({network.key: network for network in other.paired})
     best = [choose_settings(sweeps, sweep, networks[key], rule) for key in sorted(networks)]
     return [network for network in best if network]
@@ -754,8 +759,7 @@ def add_tuned(table, sweeps, sweep, rule):
     last = [network.scores("gain", "last") for network in networks]
     table.add_widths(title, rule, "gain after the last epoch", networks, last)
 
-    less = [other for other in sweeps if other.noise < sweep.noise]
-    less = [other for other in less if other.without("noise", *FREE[rule]) == sweep.without("noise", *FREE[rule])]
+    less = [other for other in alike(sweeps, sweep, "noise", *FREE[rule]) if other.noise < sweep.noise]
     if less:
         gains = contrasts(networks, tune_widths(sweeps, less[-1], rule), "held-out")
         table.add_widths(title, rule, "gain - that at less noise", networks, gains)
@@ -988,14 +992,13 @@ def front(sweeps):
     """
     mlps = [sweep for sweep in main_sweeps(sweeps) if is_mnist_mlp(sweep) and sweep.noise == 0.5]
     need(mlps, "SGD and SAM of MLPs on MNIST with half of the labels flipped")
-    sweep = max(mlps, key=lambda sweep: len(lengths(sweeps, sweep)))
+    sweep = max(mlps, key=lambda sweep: len(alike(sweeps, sweep, "epochs")))
     figure, (axes,) = panels(1, 3)
     figure.suptitle(heading(sweep, "epochs", characters=1000))
     draw_accuracies(axes[0], sweeps, sweep, "last")
     draw_stops(axes[1], sweeps, sweep)
     pooled = ("noise", "epochs", "model", "batch_size", "train_size", "val_size")
-    alike = [other for other in usual(sweeps) if other.without(*pooled) == sweep.without(*pooled)]
-    draw_label_fit(axes[2], [other for other in alike if other.noise])
+    draw_label_fit(axes[2], [other for other in alike(usual(sweeps), sweep, *pooled) if other.noise])
     axes[0].set_title("Long and short training")
     axes[0].set_ylabel(SCORE["acc"])
     axes[1].set_title("Gain, by when training stops")
@@ -1003,11 +1006,6 @@ def front(sweeps):
     axes[2].set_title("Gain, by fit to given labels")
     axes[2].set_ylabel("gain, last epoch (points)")
     return figure, []
-
-
-def lengths(sweeps, sweep):
-    """This sweep, and those that differ from it in the number of epochs alone, also where they have no SAM."""
-    return [other for other in sweeps if other.without("epochs") == sweep.without("epochs")]
 
 
 def draw_accuracies(ax, sweeps, sweep, rule):
@@ -1026,7 +1024,7 @@ def draw_accuracies(ax, sweeps, sweep, rule):
 def best_length(sweeps, sweep, optimizer, rule):
     """Of the sweeps that differ from this one in epochs alone the best on held-out data, mean over the widths."""
     means = {}
-    for other in lengths(sweeps, sweep):
+    for other in alike(sweeps, sweep, "epochs"):
         networks = [other.networks[network.key] for network in sweep.paired if network.key in other.networks]
         runs = [runs_of(network, optimizer, rule) for network in networks]
         choices = [np.mean([run.choice(rule) for run in one.values()]) for one in runs if one]
@@ -1102,7 +1100,7 @@ def noise_rows(sweeps, rows, sharey):
         left.set_title(heading(sweep, "epochs"), loc="left")
         left.set_ylabel(SCORE["acc"])
         right.set_ylabel(GAIN["acc"])
-    return figure, [other for sweep in rows for other in lengths(sweeps, sweep)]
+    return figure, [other for sweep in rows for other in alike(sweeps, sweep, "epochs")]
 
 
 def training_length(sweeps):
