@@ -508,6 +508,7 @@ def longest(family):
 # ======================================================================================================================
 
 FREE = {"tuned": ("epochs",), "fresh": ("epochs", "lr", "weight_decay")}  # what is chosen, together with rho
+OTHER_SEEDS = {"tuned": "gain on seeds that chose nothing", "fresh": "gain on the seeds that chose"}
 
 
 def runs_tried(sweeps, sweep, key, free):
@@ -546,9 +547,11 @@ def choose_settings(sweeps, sweep, network, rule, most_epochs=math.inf):
     sgd = best_runs("SGD", complete, seeds)
     sam = best_runs("SAM", complete, seeds)
     scored = seeds
+    others = sorted((sgd.keys() & sam.keys()) - set(seeds))
+    if len(others) < 3:
+        others = []
     if rule == "fresh":
-        others = sorted((sgd.keys() & sam.keys()) - set(seeds))
-        scored = others if len(others) > 2 else []
+        scored, others = others, scored
     rho = sam[seeds[0]].rho
 
     best = copy.copy(network)
@@ -558,6 +561,8 @@ def choose_settings(sweeps, sweep, network, rule, most_epochs=math.inf):
     best.sgd = sgd
     best.sam = {rho: {seed: sam[seed] for seed in scored}}
     best.best_rho = {"held-out": rho, "last": rho}  # chosen at the best held-out epoch, wherever it is scored
+    on_others = scores_of({seed: sam[seed] for seed in others}, "held-out")
+    best.other_gain = difference(on_others, scores_of(sgd, "held-out"))  # on the seeds that the rule does not score
     best.notes = [f"too few seeds for the choice, {tuple(tuning)}" for tuning in sorted(tried.keys() - complete.keys())]
     if not scored:
         best.notes.append("no gain, no three seeds beside those that chose")
@@ -758,6 +763,7 @@ def add_tuned(table, sweeps, sweep, rule):
         table.add_widths(title, rule, what, networks, [network.scores(what, "held-out") for network in networks])
     last = [network.scores("gain", "last") for network in networks]
     table.add_widths(title, rule, "gain after the last epoch", networks, last)
+    table.add_widths(title, rule, OTHER_SEEDS[rule], networks, [network.other_gain for network in networks])
 
     less = [other for other in alike(sweeps, sweep, "noise", *FREE[rule]) if other.noise < sweep.noise]
     if less:

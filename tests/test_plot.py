@@ -348,6 +348,21 @@ def test_fresh_never_scores_the_seeds_it_chose_on(tmp_path):
     assert found[(*key, "lr of SGD")][0] == 0.3 and found[(*key, "weight decay of SAM")][0] == 0.001
     assert found[(*key, "best rho")][0] == 0.2
     assert [found[(*key, f"settings of {optimizer}")][0] for optimizer in ("SGD", "SAM")] == [2, 3]
+    assert found[(*key, "gain on the seeds that chose")] == (pytest.approx(1), pytest.approx(0, abs=1e-9), 2)
+
+
+def test_tuned_tells_apart_the_seeds_that_chose_and_those_that_did_not(tmp_path):
+    """Of 1 and 2 epochs and two radii seeds 0 and 1 choose; the others have the chosen settings alone."""
+    runs = []
+    for seed in (0, 1):
+        runs += [*pair(0.01, val=0.7, seed=seed), run(0.2, 0.80, 0.6, seed=seed)]
+        runs += pair(0.05, val=0.9, epochs=1, seed=seed)
+    for seed in (5, 6, 7):
+        runs += pair(0.03, val=0.5, epochs=1, seed=seed)
+    found = numbers(tmp_path, runs)
+    key = f"{MNIST}, 100 held out", "300-100", "", "tuned"
+    assert found[(*key, "gain")][::2] == (pytest.approx(5), 2)
+    assert found[(*key, "gain on seeds that chose nothing")][::2] == (pytest.approx(3), 3)
 
 
 def test_fresh_needs_another_rate_or_another_decay_alone(tmp_path):
