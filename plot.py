@@ -1008,7 +1008,7 @@ def front(sweeps):
     axes[0].set_title("Long and short training")
     axes[0].set_ylabel(SCORE["acc"])
     axes[1].set_title("Gain, by when training stops")
-    axes[1].set_ylabel("SAM's gain (points)")
+    axes[1].set_ylabel("gain (points, log above 1)")
     axes[2].set_title("Gain, by fit to given labels")
     axes[2].set_ylabel("gain, last epoch (points)")
     return figure, []
@@ -1074,9 +1074,11 @@ def draw_label_fit(ax, sweeps):
     for line, noise in enumerate(sorted({sweep.noise for sweep in sweeps})):
         place = (1.02, 0.94 - 0.09 * line)
         ax.text(*place, f"{100 * noise:g}% flipped", color=colors.get(noise, "black"), transform=ax.transAxes)
+    legend = ["larger: wider"]
     others = {sweep.model for sweep in sweeps if not is_mnist_mlp(sweep)}
     if others:
-        ax.text(1.02, 0.04, "\n".join(["hollow:", *sorted(others)]), transform=ax.transAxes)
+        legend += ["hollow:", *sorted(others)]
+    ax.text(1.02, 0.04, "\n".join(legend), transform=ax.transAxes)
     ax.set_xlabel("SGD's fit to the given labels\nminus SAM's (points)")
 
 

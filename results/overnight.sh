@@ -102,3 +102,14 @@ done
 
 # 16. CIFAR-10, the paper's settings: clean labels
 lines resnet_width.py --filters "16 4" $cifar
+
+# 17. Row 9's choices with its runs of 60 epochs, which came last, on fresh seeds
+lines label_noise.py --hidden "300-100 150-50 75-25" --noise 0.5 --epochs 60 --weight-decay 0.003 $some $fresh
+for item in 1200-400:0.3:0.001 300-100:0.3:0.001 150-50:0.1:0.003 75-25:0.1:0.003; do # width:rho:decay
+    IFS=: read -r hidden rho decay <<<"$item"
+    lines label_noise.py --hidden $hidden --noise 0.5 --epochs 60 --weight-decay $decay $some $fresh --sam --rho $rho
+done
+
+# 18. A decay above row 9's, which SGD and the narrow SAM chose the largest of; three seeds, so no candidate there
+lines label_noise.py --hidden "$widths" --noise 0.5 --epochs "24 60" --weight-decay 0.006 $some $three
+lines label_noise.py --hidden "$widths" --noise 0.5 --epochs 60 --weight-decay 0.006 $some $three --sam --rho "0.1 0.2"
