@@ -355,10 +355,10 @@ def test_tuned_tells_apart_the_seeds_that_chose_and_those_that_did_not(tmp_path)
     """Of 1 and 2 epochs and two radii seeds 0 and 1 choose; the others have the chosen settings alone."""
     runs = []
     for seed in (0, 1):
-        runs += [*pair(0.01, val=0.7, seed=seed), run(0.2, 0.80, 0.6, seed=seed)]
-        runs += pair(0.05, val=0.9, epochs=1, seed=seed)
+        runs += [*pair(0.01, val=0.7, epochs=1, seed=seed), run(0.2, 0.80, 0.6, seed=seed)]
+        runs += pair(0.05, val=0.9, seed=seed)
     for seed in (5, 6, 7):
-        runs += pair(0.03, val=0.5, epochs=1, seed=seed)
+        runs += [run(acc=[0.90, 0.80], val=[0.5, 0.4], seed=seed), run(0.1, [0.93, 0.89], [0.5, 0.4], seed=seed)]
     found = numbers(tmp_path, runs)
     key = f"{MNIST}, 100 held out", "300-100", "", "tuned"
     assert found[(*key, "gain")][::2] == (pytest.approx(5), 2)
