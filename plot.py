@@ -528,7 +528,8 @@ def choose_settings(sweeps, sweep, network, rule, most_epochs=math.inf):
 
     tuned: epochs and rho, chosen and scored on the seeds that all settings share. fresh: rate and decay, too; chosen on
     the seeds that more than half of the settings have, among the settings that have all of these, and scored on the
-    other seeds, if these are three. most_epochs: of SAM; SGD, which takes one gradient a step, may have twice as many.
+    other seeds, if these are three. other_gain: on the seeds that are not scored. most_epochs: of SAM; SGD, which takes
+    one gradient a step, may have twice as many.
     """
     limit = {"SGD": 2 * most_epochs, "SAM": most_epochs}
     tried = {}
@@ -546,12 +547,13 @@ def choose_settings(sweeps, sweep, network, rule, most_epochs=math.inf):
 
     sgd = best_runs("SGD", complete, seeds)
     sam = best_runs("SAM", complete, seeds)
-    scored = seeds
-    others = sorted((sgd.keys() & sam.keys()) - set(seeds))
-    if len(others) < 3:
-        others = []
+    fresh = sorted((sgd.keys() & sam.keys()) - set(seeds))  # which chose nothing
+    if len(fresh) < 3:
+        fresh = []
     if rule == "fresh":
-        scored, others = others, scored
+        scored, others = fresh, seeds
+    else:
+        scored, others = seeds, fresh
     rho = sam[seeds[0]].rho
 
     best = copy.copy(network)
@@ -561,8 +563,8 @@ def choose_settings(sweeps, sweep, network, rule, most_epochs=math.inf):
     best.sgd = sgd
     best.sam = {rho: {seed: sam[seed] for seed in scored}}
     best.best_rho = {"held-out": rho, "last": rho}  # chosen at the best held-out epoch, wherever it is scored
-    on_others = scores_of({seed: sam[seed] for seed in others}, "held-out")
-    best.other_gain = difference(on_others, scores_of(sgd, "held-out"))  # on the seeds that the rule does not score
+    gain = difference(scores_of(sam, "held-out"), scores_of(sgd, "held-out"))
+    best.other_gain = {seed: gain[seed] for seed in others}
     best.notes = [f"too few seeds for the choice, {tuple(tuning)}" for tuning in sorted(tried.keys() - complete.keys())]
     if not scored:
         best.notes.append("no gain, no three seeds beside those that chose")
@@ -1031,9 +1033,12 @@ def best_length(sweeps, sweep, optimizer, rule):
     """Of the sweeps that differ from this one in epochs alone the best on held-out data, mean over the widths."""
     means = {}
     for other in alike(sweeps, sweep, "epochs"):
-        networks = [other.networks[network.key] for network in sweep.paired if network.key in other.networks]
-        runs = [runs_of(network, optimizer, rule) for network in networks]
-        choices = [np.mean([run.choice(rule) for run in one.values()]) for one in runs if one]
+        choices = []
+        for network in sweep.paired:
+            if network.key in other.networks:
+                runs = runs_of(other.networks[network.key], optimizer, rule)
+                if runs:
+                    choices.append(np.mean([run.choice(rule) for run in runs.values()]))
         if len(choices) == len(sweep.paired):
             means[other] = np.mean(choices)
     return max(means, key=means.get)
@@ -1102,13 +1107,15 @@ def label_noise_elsewhere(sweeps):
 
 def noise_rows(sweeps, rows, sharey):
     figure, axes = panels(len(rows), 2, sharey=sharey)
+    shown = []
     for (left, right), sweep in zip(axes, rows):
         draw_accuracies(left, sweeps, sweep, "last")
         draw_stops(right, sweeps, sweep)
         left.set_title(heading(sweep, "epochs"), loc="left")
         left.set_ylabel(SCORE["acc"])
         right.set_ylabel(GAIN["acc"])
-    return figure, [other for sweep in rows for other in alike(sweeps, sweep, "epochs")]
+        shown += alike(sweeps, sweep, "epochs")
+    return figure, shown
 
 
 def training_length(sweeps):
@@ -1119,12 +1126,14 @@ def training_length(sweeps):
     rows = [family for family in noisy if longest(family) and len(family) > 1]
     need(rows, "SGD and SAM with flipped labels, at two numbers of epochs")
     figure, axes = panels(len(rows), 2, sharey="row")
+    shown = []
     for row, family in zip(axes, rows):
         sweep = longest(family)
         for ax, network in narrow_and_wide(row, sweep, "epochs"):
             draw_lengths(ax, family, network)
         row[0].set_ylabel(SCORE["acc"])
-    return figure, [sweep for family in rows for sweep in family]
+        shown += family
+    return figure, shown
 
 
 def draw_lengths(ax, family, network):
